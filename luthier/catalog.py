@@ -1,0 +1,151 @@
+"""The catalogue: which methods exist, found by file name, imported only when used.
+
+A method is one file `luthier/<axis>/<name>.py` that registers itself with `@register("name", paper=36)`. Names have
+hyphens in recipes and underscores in files. Listing reads the sources with `ast`, so it loads neither torch nor a method.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import functools
+import importlib
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from luthier.errors import RecipeError, nearest
+
+AXES = ("select", "curate", "synthesize", "adapt", "objective", "optimize", "merge", "compress", "decode", "measure", "search")
+"""One kind of decision each, in the order in which a recipe's plug-ins are called."""
+
+PACKAGE = Path(__file__).parent
+_registered: dict[tuple[str, str], type] = {}
+T = TypeVar("T", bound=type)
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One method, as its source file states it."""
+
+    axis: str
+    name: str
+    path: Path
+    papers: tuple[int, ...]
+    class_name: str
+    idea: str
+    wraps: str | None = None
+
+    def load(self) -> type:
+        importlib.import_module(f"luthier.{self.axis}.{self.path.stem}")
+        return _registered[self.axis, self.name]
+
+
+def register(name: str, paper: int | tuple[int, ...] = (), wraps: str | None = None) -> Callable[[T], T]:
+    """Put a method class into the catalogue. The axis is the folder, or for a user's own file the axis's base class.
+
+    `paper` names the paper or papers it embodies; `wraps` the library call it is a thin shell around."""
+
+    def add(cls: T) -> T:
+        axis = axis_of(cls)
+        cls.axis, cls.name = axis, name
+        cls.papers = (paper,) if isinstance(paper, int) else tuple(paper)
+        cls.wraps = wraps
+        _registered[axis, name] = cls
+        return cls
+
+    return add
+
+
+def axis_of(cls: type) -> str:
+    """The axis whose contract a class implements."""
+    for base in cls.__mro__:
+        parts = base.__module__.split(".")
+        if len(parts) >= 2 and parts[0] == "luthier" and parts[1] in AXES:
+            return parts[1]
+    raise RecipeError(
+        f"{cls.__name__} implements no axis; derive it from a contract such as luthier.objective.Objective or luthier.select.Selector."
+    )
+
+
+@functools.cache
+def entries(axis: str | None = None) -> tuple[Entry, ...]:
+    """Every method of the library (of one axis), sorted, without importing any."""
+    if axis is not None and axis not in AXES:
+        raise RecipeError(f"There is no axis '{axis}'.{nearest(axis, AXES)} The axes are: {', '.join(AXES)}.")
+    found = []
+    for one in AXES if axis is None else (axis,):
+        for path in sorted((PACKAGE / one).glob("*.py")):
+            if not path.name.startswith("_"):
+                found += _read(one, path)
+    return tuple(found)
+
+
+def _read(axis: str, path: Path) -> list[Entry]:
+    found = []
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if not isinstance(node, ast.ClassDef):
+            continue
+        for call in node.decorator_list:
+            if isinstance(call, ast.Call) and getattr(call.func, "id", "") == "register":
+                given = {k.arg: ast.literal_eval(k.value) for k in call.keywords}
+                papers = given.get("paper", ())
+                papers = (papers,) if isinstance(papers, int) else tuple(papers)
+                idea = (ast.get_docstring(node) or "").strip().split("\n\n")[0].replace("\n", " ")
+                found.append(Entry(axis, ast.literal_eval(call.args[0]), path, papers, node.name, idea, given.get("wraps")))
+    return found
+
+
+def find(axis: str, name: str) -> Entry:
+    """One method's entry; a wrong name is answered with the nearest right one."""
+    for entry in entries(axis):
+        if entry.name == name.replace("_", "-"):
+            return entry
+    elsewhere = [e.axis for e in entries() if e.name == name.replace("_", "-")]
+    hint = f" It is a method of the axis '{elsewhere[0]}'." if elsewhere else nearest(name, [e.name for e in entries(axis)])
+    raise RecipeError(f"There is no method '{name}' on the axis '{axis}'.{hint}")
+
+
+def method(axis: str, name: str) -> type:
+    """The class of a method: `method("merge", "lines")(alpha=0.3).merge(base, [tuned])`.
+
+    `name` may also be a user's own file, `./mine.py:MyLoss`."""
+    if ".py" in name:
+        return _from_file(axis, name)
+    if (axis, name) in _registered:
+        return _registered[axis, name]
+    return find(axis, name).load()
+
+
+def _from_file(axis: str, spec: str) -> type:
+    file, _, class_name = spec.partition(":")
+    path = Path(file).expanduser().resolve()
+    if not path.is_file():
+        raise RecipeError(f"The method file {path} does not exist.")
+    module_name = f"luthier_user_{path.stem}_{abs(hash(str(path)))}"
+    if module_name not in sys.modules:
+        loader_spec = importlib.util.spec_from_file_location(module_name, path)
+        assert loader_spec is not None and loader_spec.loader is not None
+        module = importlib.util.module_from_spec(loader_spec)
+        sys.modules[module_name] = module
+        try:
+            loader_spec.loader.exec_module(module)
+        except Exception as error:
+            del sys.modules[module_name]
+            raise RecipeError(f"{path} cannot be imported: {type(error).__name__}: {error}") from error
+    module = sys.modules[module_name]
+    own = {n: c for n, c in vars(module).items() if isinstance(c, type) and c.__module__ == module_name and hasattr(c, "axis")}
+    if not class_name and len(own) == 1:
+        return next(iter(own.values()))
+    if class_name not in own:
+        raise RecipeError(f"{path} holds no registered method class '{class_name}'.{nearest(class_name, own)} It holds: {', '.join(own) or 'none'}.")
+    if own[class_name].axis != axis:
+        raise RecipeError(f"{spec} is a method of the axis '{own[class_name].axis}', not of '{axis}'.")
+    return own[class_name]
+
+
+def fields_of(cls: type) -> list[dataclasses.Field[Any]]:
+    """The recipe's schema of a method: its dataclass fields."""
+    return [f for f in dataclasses.fields(cls) if f.init] if dataclasses.is_dataclass(cls) else []

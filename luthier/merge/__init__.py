@@ -1,0 +1,21 @@
+"""The axis `merge`: how checkpoints combine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from collections.abc import Sequence as SequenceOf
+from typing import TYPE_CHECKING, Any
+
+from luthier.core.plugin import Plugin
+
+if TYPE_CHECKING:
+    from luthier.core.context import Context
+    from luthier.core.linalg import TensorSource
+
+
+class Merger(Plugin):
+    """`merge` is lazy: the result is a mapping whose tensors are computed when asked for, so mergers stream and chain."""
+
+    def merge(self, base: Any, tuned: SequenceOf[Any], ctx: Context | None = None) -> TensorSource | Mapping[str, Any]:
+        """`base` and each of `tuned`: a state dict, a TensorSource, or a checkpoint's path."""
+        raise NotImplementedError
