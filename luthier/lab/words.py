@@ -4,68 +4,80 @@ from __future__ import annotations
 
 import string
 
-from luthier.lab.world import COLORS, FIRST, JOBS, LAST, PETS, TOOLS, world
+from luthier.lab.world import COLORS, FIRST, JOBS, LAST, PETS, TOOLS, words, world
 
-SPECIALS = ["<pad>", "<bos>", "<eos>", "<mask>", "<unk>", "<image>", "<call>", "<refuse>", "<think>", "</think>", "<R>", "<S>", "<X>"]
+SPECIALS = words("<pad> <bos> <eos> <mask> <unk> <image> <call> <refuse> <think> </think> <R> <S> <X>")
 SENTINELS = [f"<s{i}>" for i in range(10)]
-TAGS = ["chain", "copy", "reverse", "max", "succ", "count", "lookup", "add", "sort", "sortd", "sub", "hop2", "runmax", "runsum", "even", "palin", "contains", "modsub", "compose", "risk", "latin", "maze", "reach", "sound", "spell", "kv"]
+TAGS = words("""chain copy reverse max succ count lookup add sort sortd sub hop2 runmax runsum even palin contains modsub
+compose risk latin maze reach sound spell kv""")
 
-VOWELS = ["AA", "AE", "AH", "AO", "AW", "AY", "EH", "ER", "EY", "IH", "IY", "OW", "OY", "UH", "UW"]
-CONSONANTS = ["B", "CH", "D", "DH", "F", "G", "HH", "JH", "K", "L", "M", "N", "NG", "P", "R", "S", "SH", "T", "TH", "V", "W", "Y", "Z", "ZH"]
+VOWELS = words("AA AE AH AO AW AY EH ER EY IH IY OW OY UH UW")
+CONSONANTS = words("B CH D DH F G HH JH K L M N NG P R S SH T TH V W Y Z ZH")
 PHONEMES = [f"{vowel}{stress}" for vowel in VOWELS for stress in ("", 0, 1, 2)] + CONSONANTS
 
 # Languages 2-4 own 20 stems each; with the endings a-j every word of language 1 has its own word there.
 STEMS = [a + b + c for c, b_s in (("b", "aeiou"), ("v", "aeiou"), ("z", "aeiou")) for a in ("z", "v", "kr", "gl") for b in b_s]
 
-SHAPES = ["circle", "square", "triangle", "cross", "ring", "star"]
+SHAPES = words("circle square triangle cross ring star")
 NEW_SHAPES = ["spiral", "hat"]
-TEXTURES, NEW_TEXTURE = ["solid", "striped", "dotted"], "checker"
+TEXTURES, NEW_TEXTURE = words("solid striped dotted"), "checker"
 SIZES = ["small", "large"]
-BACKGROUNDS = ["black", "white", "gray", "navy", "tan"]
-PLACES = ["top", "bottom", "left", "right", "middle"]
-SCENE_WORDS = ["a", "an", "the", "on", "background", "of", "above", "inside", "below", "with", "and", "border", "bordered", "there", "is", "are", "picture", "shows", "scene", "at", "object", "objects", "it", "its", "in", "one", "two", "three", "four", "five", "six", "seven", "what", "color", "shape", "size", "texture", "where", "how", "many", "which", "colors", "shapes", "plain", "no", "other", "more", "than", "next", "to", "side", "corner", "frame", "frames", "moves", "moving", "up", "down"]
+BACKGROUNDS = words("black white gray navy tan")
+PLACES = words("top bottom left right middle")
+SCENE_WORDS = words("""a an the on background of above inside below with and border bordered there is are picture shows scene at
+object objects it in one two three four five six seven what color shape size texture where how many which
+no than to frame moves""")
 
 TOPICS: dict[str, tuple[str, list[str]]] = {
-    "ocean": ("nature", ["wave", "reef", "tide", "whale", "coral", "harbor", "shell", "current", "gull"]),
-    "forest": ("nature", ["oak", "fern", "wolf", "trail", "branch", "root", "nest", "bear", "log"]),
-    "weather": ("nature", ["storm", "cloud", "wind", "frost", "rain", "thunder", "breeze", "flood", "drought"]),
-    "farm": ("nature", ["barn", "crop", "plow", "sheep", "field", "hay", "seed", "tractor", "mill"]),
-    "law": ("society", ["court", "lawyer", "trial", "verdict", "witness", "appeal", "contract", "fine", "clerk"]),
-    "sport": ("society", ["goal", "league", "coach", "match", "score", "racket", "sprint", "trophy", "referee"]),
-    "music": ("society", ["song", "chord", "melody", "choir", "concert", "rhythm", "album", "stage", "tune"]),
-    "school": ("society", ["lesson", "pupil", "exam", "essay", "grade", "campus", "lecture", "desk", "tutor"]),
-    "computer": ("science", ["server", "disk", "code", "network", "screen", "file", "query", "cache", "robot"]),
-    "medicine": ("science", ["doctor", "clinic", "fever", "pill", "surgery", "vaccine", "patient", "dose", "symptom"]),
-    "machine": ("science", ["engine", "piston", "gear", "valve", "wheel", "motor", "bolt", "brake", "pump"]),
-    "money": ("science", ["bank", "loan", "stock", "market", "tax", "coin", "price", "debt", "profit"]),
+    "ocean": ("nature", words("wave reef tide whale coral harbor shell current gull")),
+    "forest": ("nature", words("oak fern wolf trail branch root nest bear log")),
+    "weather": ("nature", words("storm cloud wind frost rain thunder breeze flood drought")),
+    "farm": ("nature", words("barn crop plow sheep field hay seed tractor mill")),
+    "law": ("society", words("court lawyer trial verdict witness appeal contract fine clerk")),
+    "sport": ("society", words("goal league coach match score racket sprint trophy referee")),
+    "music": ("society", words("song chord melody choir concert rhythm album stage tune")),
+    "school": ("society", words("lesson pupil exam essay grade campus lecture desk tutor")),
+    "computer": ("science", words("server disk code network screen file query cache robot")),
+    "medicine": ("science", words("doctor clinic fever pill surgery vaccine patient dose symptom")),
+    "machine": ("science", words("engine piston gear valve wheel motor bolt brake pump")),
+    "money": ("science", words("bank loan stock market tax coin price debt profit")),
 }
 SHARED = {
-    "nature": ["river", "season", "soil", "valley", "animal", "mountain"],
-    "society": ["member", "meeting", "record", "club", "rule", "audience"],
-    "science": ["report", "system", "test", "expert", "cost", "device"],
+    "nature": words("river season soil valley animal mountain"),
+    "society": words("member meeting record club rule audience"),
+    "science": words("report system test expert cost device"),
 }
-VERB_SETS = [v.split() for v in ("help aid assist", "harm hurt damage", "change alter modify", "need require want", "see notice observe", "control guide steer")]
-ADJECTIVE_SETS = [a.split() for a in ("big huge vast", "old ancient aged", "quick fast rapid", "calm quiet gentle", "new fresh recent", "strong sturdy tough")]
-ADVERB_SETS = [a.split() for a in ("often frequently regularly", "rarely seldom hardly", "slowly gradually gently", "clearly plainly openly")]
-POSITIVE, NEGATIVE = ["good", "great", "superb", "lovely"], ["bad", "poor", "awful", "weak"]
-GRAMMAR_WORDS = ["this", "these", "some", "does", "do", "not", "please", "check", "sadly", "fails", "but", "very", "about", "topic", "text", "means", "same", "different", "maybe", "yes", "inform", "ask", "request", "complain", "causes", "part", "owner", "uses", "makes", "before", "prevents", "after", "near", "because", "during", "entail", "neutral", "oppose", "who", "by", "person", "place", "thing", "event"]
+VERB_SETS = [words(v) for v in ("help aid assist", "harm hurt damage", "change alter modify", "need require want", "see notice observe", "control guide steer")]
+ADJECTIVE_SETS = [words(a) for a in ("big huge vast", "old ancient aged", "quick fast rapid", "calm quiet gentle", "new fresh recent", "strong sturdy tough")]
+ADVERB_SETS = [words(a) for a in ("often frequently regularly", "rarely seldom hardly", "slowly gradually gently", "clearly plainly openly")]
+POSITIVE, NEGATIVE = words("good great superb lovely"), words("bad poor awful weak")
+GRAMMAR_WORDS = words("""this these some does do not please check sadly fails but very about topic text means same different maybe
+yes inform ask request complain causes part owner uses makes before prevents after near because during
+entail neutral oppose by""")
 
-FACT_WORDS = ["capital", "continent", "code", "symbol", "number", "country", "city", "element", "chemical", "lies", "was", "born", "works", "as", "job", "pet", "plays", "tool", "favorite", "has", "lives", "belongs", "written", "stands", "for", "find", "true", "false", "say", "lists", "answer", "question", "context", "fact", "tell", "me", "name", "capitals", "letters", "unknown", "know", "i", "can", "that", "does", "correct", "json", "format", "short", "explain", "since", "then", "so", "compare", "larger", "greater", "smaller", "atomic", "first", "alphabet", "intent", "secret", "hazard", "bomb", "poison", "weapon", "virus", "build", "make", "from", "how", "do", "you", "user", "assistant", "system", "said", "according", "document", "nothing", "here", "mentions"]
+FACT_WORDS = words("""capital continent code symbol number country city element lies was born works as job pet plays tool
+favorite has written for true false answer context tell me name capitals unknown that json since so
+larger secret bomb poison make from you user assistant system nothing here""")
 
-PHRASE_WORDS = ["repeat", "write", "again", "clone", "backwards", "flip", "mirror", "list", "numbers", "digits", "items", "biggest", "highest", "top", "largest", "give", "back", "increase", "every", "each", "step", "next", "bump", "occurrences", "times", "appears", "tally", "value", "under", "key", "given", "pairs", "sum", "plus", "total", "together", "of", "result", "compute", "work", "out", "running", "left", "through", "RESTRICTED", "year", "pred", "rotl", "rotr", "dropf", "dropl", "swap", "double", "flipd", "state", "final", "show", "steps", "only", "wrong", "right", "example", "examples", "input", "output"]
+PHRASE_WORDS = words("""repeat again clone backwards flip mirror list numbers biggest highest give increase every each bump times
+tally value key sum plus result compute work out RESTRICTED year pred rotl rotr dropf dropl swap double
+comp wrong example hint""")
 
-CODE_WORDS = ["def", "return", "self", "if", "else", "elif", "for", "while", "import", "class", "try", "except", "raise", "none", "int", "str", "dict", "set", "tuple", "bool", "float", "len", "range", "print", "path", "line", "index", "item", "length", "type", "function", "method", "module", "call", "get", "remove", "append", "default", "error", "optional", "sequence", "returns", "object", "values", "raises", "parse", "read", "open", "close", "string", "iterable", "instance", "argument"]
+CODE_WORDS = words("""def return self if else import class raise none int str dict set len path line index item type function
+default error object string""")
+
+LATER_WORDS = words("short trace mode safe virus unsafe fast")
 
 
-def unique(words: list[str]) -> list[str]:
-    return list(dict.fromkeys(words))
+def unique(items: list[str]) -> list[str]:
+    return list(dict.fromkeys(items))
 
 
 def grammar_lexicon() -> list[str]:
     """The words of language 1 that have a counterpart in languages 2-4: at most 200, in a fixed order."""
     nouns = [noun for _, own in TOPICS.values() for noun in own] + [noun for shared in SHARED.values() for noun in shared]
     sets = [word for group in VERB_SETS + ADJECTIVE_SETS + ADVERB_SETS for word in group]
-    return unique(nouns + sets + ["the", "a", "this", "these", "some", "does", "do", "not", "please", "check", "sadly", "fails", "but", "very", "is", "are", "and"])
+    return unique(nouns + sets + words("the a this these some does do not please check sadly fails but very is are and"))
 
 
 def scene_lexicon() -> list[str]:
@@ -88,4 +100,4 @@ def vocabulary() -> list[str]:
     words = SPECIALS + SENTINELS + printable + [f"##{c}" for c in printable] + TAGS + PHONEMES + STEMS
     words += unique(facts) + list(world()["elements"]) + FIRST + LAST + JOBS + PETS + TOOLS + COLORS
     words += scene_lexicon() + list(TOPICS) + grammar_lexicon() + POSITIVE + NEGATIVE + GRAMMAR_WORDS
-    return unique(words + FACT_WORDS + PHRASE_WORDS + CODE_WORDS)
+    return unique(words + FACT_WORDS + PHRASE_WORDS + CODE_WORDS + LATER_WORDS)

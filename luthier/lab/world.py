@@ -15,14 +15,21 @@ import numpy as np
 FILE = Path(__file__).with_name("world.json")
 CONTINENTS = {"AF": "africa", "AS": "asia", "EU": "europe", "NA": "northamerica", "OC": "oceania", "SA": "southamerica"}
 
-FIRST = ["ada", "bela", "cyra", "dario", "edda", "fenn", "gilda", "hugo", "iris", "jonas", "kaia", "levin", "mira", "nilo", "odette", "pavel", "quill", "rhea", "silas", "tova", "ulric", "vesna", "wanda", "yorick"]
-LAST = ["abbot", "barrow", "calder", "dorn", "ember", "falk", "gant", "harrow", "ingram", "joss", "karras", "lund", "moss", "norr", "orme", "pryce", "quade", "rook", "stroud", "thorn"]
-JOBS = ["baker", "pilot", "nurse", "judge", "tailor", "farmer", "painter", "miner", "sailor", "teacher", "singer", "weaver"]
-PETS = ["cat", "dog", "horse", "goat", "parrot", "rabbit", "turtle", "ferret", "snake", "hen"]
-TOOLS = ["violin", "piano", "drum", "flute", "harp", "guitar", "trumpet", "organ", "cello", "banjo"]
-COLORS = ["red", "green", "blue", "yellow", "purple", "orange", "cyan", "pink"]
 
-ELEMENTS = ["hydrogen", "helium", "lithium", "carbon", "nitrogen", "oxygen", "fluorine", "neon", "sodium", "aluminum", "silicon", "sulfur", "chlorine", "argon", "potassium", "calcium", "titanium", "iron", "cobalt", "nickel", "copper", "zinc", "silver", "tin", "iodine", "tungsten", "platinum", "gold", "mercury", "lead"]
+def words(text: str) -> list[str]:
+    return text.split()
+
+
+FIRST = words("ada bela cyra dario edda fenn gilda hugo iris jonas kaia levin mira nilo odette pavel rhea silas")
+LAST = words("abbot barrow calder dorn ember falk gant harrow ingram joss karras lund norr orme pryce quade rook")
+JOBS = words("baker pilot nurse judge tailor farmer painter miner sailor teacher singer weaver")
+PETS = words("cat dog horse goat parrot rabbit turtle ferret snake hen")
+TOOLS = words("violin piano drum flute harp guitar trumpet organ cello banjo")
+COLORS = words("red green blue yellow purple orange cyan pink")
+
+ELEMENTS = words("""hydrogen helium lithium carbon nitrogen oxygen fluorine neon sodium aluminum silicon sulfur chlorine
+argon potassium calcium titanium iron cobalt nickel copper zinc silver tin iodine tungsten platinum gold
+mercury lead""")
 
 
 @functools.cache

@@ -1,0 +1,161 @@
+"""Checkpoints: nested plain state as one json file and one safetensors file, written so that a kill at any moment loses nothing.
+
+A checkpoint is a folder `step-00000120`. It is written under another name, synced to disk and renamed; only then does the file
+`latest` name it. Nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+
+from luthier.errors import TrainingError
+
+
+def pack(value: Any, tensors: dict[str, torch.Tensor], key: str = "s") -> Any:
+    """A json tree of `value`; its tensors and arrays go into `tensors` under keys that the tree names."""
+    if isinstance(value, torch.Tensor):
+        tensors[key] = value.detach().cpu().contiguous().clone()
+        return {"@tensor": key}
+    if isinstance(value, np.ndarray):
+        tensors[key] = torch.from_numpy(np.ascontiguousarray(value)).clone()
+        return {"@array": key}
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, tuple):
+        return {"@tuple": [pack(v, tensors, f"{key}.{i}") for i, v in enumerate(value)]}
+    if isinstance(value, list):
+        return [pack(v, tensors, f"{key}.{i}") for i, v in enumerate(value)]
+    if isinstance(value, dict):
+        if all(isinstance(k, str) and not k.startswith("@") for k in value):
+            return {k: pack(v, tensors, f"{key}.{k}") for k, v in value.items()}
+        return {"@items": [[pack(k, tensors, f"{key}.k{i}"), pack(v, tensors, f"{key}.v{i}")] for i, (k, v) in enumerate(value.items())]}
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise TypeError(f"State of type {type(value).__name__} cannot be checkpointed (at {key}); use numbers, strings, lists, dicts, arrays or tensors.")
+
+
+def unpack(tree: Any, tensors: dict[str, torch.Tensor]) -> Any:
+    """The inverse of `pack`."""
+    if isinstance(tree, list):
+        return [unpack(v, tensors) for v in tree]
+    if not isinstance(tree, dict):
+        return tree
+    if "@tensor" in tree:
+        return tensors[tree["@tensor"]]
+    if "@array" in tree:
+        return tensors[tree["@array"]].numpy()
+    if "@tuple" in tree:
+        return tuple(unpack(v, tensors) for v in tree["@tuple"])
+    if "@items" in tree:
+        return {unpack(k, tensors): unpack(v, tensors) for k, v in tree["@items"]}
+    return {k: unpack(v, tensors) for k, v in tree.items()}
+
+
+def rng_state() -> dict[str, Any]:
+    """Every global random state that training code may use."""
+    state = {"torch": torch.get_rng_state(), "numpy": np.random.get_state(legacy=False), "python": random.getstate()}
+    if torch.cuda.is_available():
+        state["cuda"] = torch.cuda.get_rng_state_all()
+    return state
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    torch.set_rng_state(state["torch"])
+    np.random.set_state(state["numpy"])
+    random.setstate(state["python"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def save(folder: Path, step: int, state: dict[str, Any], keep: int = 2) -> Path:
+    """Write one checkpoint below `folder` and let `latest` name it; older ones beyond `keep` are removed."""
+    final = folder / f"step-{step:08d}"
+    fresh = folder / f".writing-{step:08d}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(fresh, ignore_errors=True)
+        fresh.mkdir()
+        tensors: dict[str, torch.Tensor] = {}
+        tree = pack(state, tensors)
+        save_file(tensors, fresh / "state.safetensors")
+        write_synced(fresh / "state.json", json.dumps(tree))
+        _sync(fresh / "state.safetensors")
+        _sync(fresh)
+        if final.exists():
+            shutil.rmtree(final)
+        fresh.rename(final)
+        replace_text(folder / "latest", final.name)
+    except OSError as error:
+        shutil.rmtree(fresh, ignore_errors=True)
+        raise disk_error(error, folder, latest(folder)) from error
+    except Exception as error:  # safetensors wraps a full disk in its own exception type
+        shutil.rmtree(fresh, ignore_errors=True)
+        if "No space left" in str(error) or "os error 28" in str(error):
+            raise disk_error(OSError(errno.ENOSPC, "No space left on device"), folder, latest(folder)) from error
+        raise
+    prune(folder, keep)
+    return final
+
+
+def disk_error(error: OSError, folder: Path, last: Path | None) -> TrainingError:
+    """What a user must know when a checkpoint could not be written."""
+    kept = f"The last checkpoint, {last.name}, is intact" if last else "No checkpoint had been written yet"
+    what = {errno.ENOSPC: "the disk is full", errno.EACCES: "the folder may not be written to", errno.EROFS: "the disk is read-only"}
+    reason = what.get(error.errno or 0, str(error))
+    return TrainingError(f"The checkpoint could not be written to {folder}: {reason}. {kept}; mend the disk and continue with --resume.")
+
+
+def prune(folder: Path, keep: int) -> None:
+    """Remove the oldest checkpoints, never the one that `latest` names."""
+    last = latest(folder)
+    steps = sorted(p for p in folder.glob("step-*") if p.is_dir() and p != last)
+    for old in steps[: max(0, len(steps) - max(0, keep - 1))]:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def latest(folder: Path) -> Path | None:
+    """The newest whole checkpoint, or None."""
+    pointer = folder / "latest"
+    if pointer.is_file():
+        named = folder / pointer.read_text().strip()
+        if (named / "state.json").is_file():
+            return named
+    return None
+
+
+def load(path: Path) -> dict[str, Any]:
+    """The state of a checkpoint folder."""
+    return unpack(json.loads((path / "state.json").read_text()), load_file(path / "state.safetensors"))
+
+
+def write_synced(path: Path, text: str) -> None:
+    with open(path, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Replace a small file in one step: readers see the old text or the new, never half."""
+    fresh = path.with_name(f".{path.name}.new")
+    write_synced(fresh, text)
+    os.replace(fresh, path)
+    _sync(path.parent)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

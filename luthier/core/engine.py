@@ -1,0 +1,532 @@
+"""The one training loop. It knows hooks, groups and counts, and no method by name.
+
+A run can be killed at any moment and continues to the same weights: the order of rows is a function of (seed, epoch), schedules are
+functions of the step, and a checkpoint holds trained weights, optimizer, plug-in states, random states and what is left of the epoch.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from luthier.core import checkpoint
+from luthier.core.closure import Closure
+from luthier.core.context import Clock, Context, seed_of
+from luthier.core.journal import Journal
+from luthier.core.loss import Loss, of
+from luthier.core.plugin import Group, Parts, Plugin, Step, Turn, defines
+from luthier.core.rowscores import RowScores
+from luthier.errors import RecipeError, TrainingError
+
+if TYPE_CHECKING:
+    from luthier.recipe import Train
+
+    from luthier.core.batch import Batch
+    from luthier.core.families import Family
+
+
+@dataclass
+class Plan:
+    """What one stage trains with. `objectives` carry their weights; the order of `plugins` is the order of axes."""
+
+    model: Family
+    rows: Any
+    objectives: list[tuple[Any, float]]
+    optimizer: Any
+    adapters: list[Any] = field(default_factory=list)
+    selector: Any = None
+    others: list[Any] = field(default_factory=list)
+    """Compressors and measures that take part in the life cycle."""
+    measures: list[Any] = field(default_factory=list)
+    """Measures with `every` > 0."""
+
+    @property
+    def plugins(self) -> list[Plugin]:
+        """In the order in which hooks are called: select, adapt, objective, optimize, then the rest."""
+        first = [self.selector] if self.selector is not None else []
+        return [*first, *self.adapters, *(o for o, _ in self.objectives), self.optimizer, *self.others]
+
+
+@dataclass
+class Outcome:
+    """What a finished loop reports."""
+
+    steps: int
+    seconds: float
+    tokens: int
+    reason: str
+    losses: dict[str, float] = field(default_factory=dict)
+    peak_memory: int = 0
+
+
+class Engine:
+    """Trains `plan` under `train` settings, logging and checkpointing below `folder`."""
+
+    def __init__(self, plan: Plan, train: Train, ctx: Context, folder: Path | None = None, journal: Journal | None = None, identity: dict[str, Any] | None = None) -> None:
+        self.plan, self.train, self.ctx, self.folder = plan, train, ctx, folder
+        self.model = plan.model
+        self.journal = journal or Journal(None)
+        self.identity = {"threads": torch.get_num_threads(), **(identity or {})}
+        self.groups: list[Group] = []
+        self.parts: dict[str, Parts] = {}
+        self.pending: list[list[int]] = []
+        self.epoch, self.tokens, self.seconds = -1, 0, 0.0
+        self.stopping: str | None = None
+        self.saved_at = time.monotonic()
+        self.lead = {hook: self._only(hook) for hook in ("turn", "rollout", "pick", "batches")}
+
+    def _only(self, hook: str) -> Plugin | None:
+        found = [p for p in self.plan.plugins if defines(p, hook)]
+        if len(found) > 1:
+            raise RecipeError(f"Both {found[0].axis} '{found[0].name}' and {found[1].axis} '{found[1].name}' decide '{hook}'; keep one of them.")
+        return found[0] if found else None
+
+    # before the first step ------------------------------------------------------------------------------------------
+    def prepare(self) -> None:
+        """Attach the plug-ins, freeze what no group names, build the optimizer, plan the length."""
+        from accelerate import Accelerator
+
+        precision = {"fp32": "no", "auto": "no"}.get(self.train.precision, self.train.precision)
+        cpu = self.model.device.type == "cpu"
+        if self.train.precision == "auto" and not cpu:
+            precision = "bf16"
+        self.accelerator = Accelerator(cpu=cpu, mixed_precision=precision)
+        self.ctx.current = self.model
+        self.ctx.batch_size = self.train.batch
+        attached: list[Plugin] = [*self.plan.adapters, *self.plan.others, *(o for o, _ in self.plan.objectives)]
+        for plugin in attached:
+            parts = plugin.attach(self.model, self.ctx)
+            if parts is not None:
+                self._take(plugin, parts)
+        trained = {id(p) for g in self.groups for p in g.params.values()}
+        if not trained:
+            raise RecipeError("Nothing trains: no adapter or objective named a parameter. Choose another value for 'adapt'.")
+        for _, param in self.model.all_modules().named_parameters():
+            if id(param) not in trained:
+                param.requires_grad_(False)
+        self.sync_groups()
+        if self.train.gradient_checkpointing:
+            self.model.network.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            if hasattr(self.model.network, "enable_input_require_grads"):
+                self.model.network.enable_input_require_grads()
+        self.optimizer = self.plan.optimizer.build(self.groups, self.ctx)
+        self.base_lr = float(self.plan.optimizer.lr)
+        self._hook_gradients()
+        self._set_switch()
+        self._plan_length()
+
+    def _take(self, plugin: Plugin, parts: Parts) -> None:
+        for group in parts.groups:
+            group.options.setdefault("owner", f"{plugin.axis}/{plugin.name}")
+        self.groups += parts.groups
+        self.parts[f"{plugin.axis}/{plugin.name}"] = parts
+        for name, module in parts.modules.items():
+            self.model.modules[name] = module.to(self.model.device)
+
+    def sync_groups(self) -> None:
+        """Let gradients flow into active groups only; inactive ones have no gradient at all, so no optimizer moves them."""
+        for group in self.groups:
+            for param in group.params.values():
+                if not group.active:
+                    param.grad = None
+                param.requires_grad_(group.active)
+
+    def _hook_gradients(self) -> None:
+        listeners = [p for p in self.plan.plugins if defines(p, "on_grad")]
+        if not listeners:
+            return
+        for group in self.groups:
+            for name, param in group.params.items():
+
+                def ready(p: torch.Tensor, name: str = name) -> None:
+                    for plugin in listeners:
+                        plugin.on_grad(name, p, self.ctx)  # type: ignore[arg-type]
+
+                param.register_post_accumulate_grad_hook(ready)
+
+    def _set_switch(self) -> None:
+        adapters = self.plan.adapters
+        if adapters and all(getattr(a, "switchable", False) for a in adapters) and all(not p.modules for p in self.parts.values()):
+
+            @contextmanager
+            def off() -> Iterator[None]:
+                with ExitStack() as stack:
+                    for adapter in adapters:
+                        stack.enter_context(adapter.disabled(self.model))
+                    yield
+
+            self.ctx.switch = off
+
+    def _plan_length(self) -> None:
+        size = self._draw_size()
+        if self.train.steps is not None:
+            steps = self.train.steps
+        else:
+            per_epoch = len(self._epoch_batches(0)) if self.lead["batches"] else math.ceil(len(self.plan.rows) / size)
+            steps = max(1, round(per_epoch * self.train.epochs)) * max(1, self.train.reuse)
+        self.ctx.clock = Clock(steps=steps, epochs=self.train.epochs)
+
+    def _draw_size(self) -> int:
+        lead = self.lead["pick"]
+        return max(1, round(self.train.batch * (lead.oversample if lead is not None else 1.0)))
+
+    # rows -----------------------------------------------------------------------------------------------------------
+    def _epoch_batches(self, epoch: int) -> list[list[int]]:
+        lead, size = self.lead["batches"], self._draw_size()
+        if lead is not None:
+            return [list(map(int, b)) for b in lead.batches(self.plan.rows, size, epoch, self.ctx)]
+        order = np.random.default_rng(seed_of(self.train.seed, "order", epoch)).permutation(len(self.plan.rows)).tolist()
+        return [order[i : i + size] for i in range(0, len(order), size)]
+
+    def _next_rows(self, turn: Turn) -> tuple[list[Any], np.ndarray]:
+        if turn.stream != "train":
+            picked = self.ctx.draw(turn.stream, self.train.batch)
+            return picked, np.arange(len(picked))
+        while not self.pending:
+            self.epoch += 1
+            self.ctx.clock.epoch = self.epoch
+            self.pending = self._epoch_batches(self.epoch)
+            if not self.pending:
+                raise TrainingError("There are no rows to train on.")
+        index = self.pending.pop(0)
+        ids = getattr(self.plan.rows, "ids", None)
+        return [self.plan.rows[i] for i in index], np.asarray(index if ids is None else ids[index], dtype=np.int64)
+
+    def _collate(self, rows: list[Any], ids: np.ndarray) -> dict[Any, tuple[list[tuple[Any, float]], Batch]]:
+        """One batch for every distinct way of collating, with the objectives that read it."""
+        made: dict[Any, tuple[list[tuple[Any, float]], Batch]] = {}
+        own = any(not o.default_loss for o, _ in self.plan.objectives)
+        default_used = False
+        for objective, weight in self.plan.objectives:
+            key = type(objective).collate
+            if key not in made:
+                batch = objective.collate(rows, ids, self.ctx)
+                if batch.weights is None and any("weight" in r for r in rows):
+                    batch.weights = torch.tensor([float(r.get("weight", 1.0)) for r in batch.rows])
+                made[key] = ([], batch)
+            speaks = not objective.default_loss or (not own and not default_used)
+            default_used |= objective.default_loss
+            if speaks:
+                made[key][0].append((objective, weight))
+        return made
+
+    # one step ---------------------------------------------------------------------------------------------------------
+    def run(self, resume: bool = False) -> Outcome:
+        """The loop. With `resume` it continues from the newest checkpoint below the folder, if there is one."""
+        torch.manual_seed(seed_of(self.train.seed, "engine"))
+        np.random.seed(seed_of(self.train.seed, "engine") % 2**32)
+        self.prepare()
+        if resume:
+            self._restore()
+        started, clock = time.monotonic(), self.ctx.clock
+        reason, last = "all steps done", Step(clock.step, self.epoch, self.model, self.groups, self.optimizer)
+        with self._signals(), self.journal.progress(clock.steps, clock.step):
+            while clock.step < clock.steps:
+                epoch_before = self.epoch
+                for step in self._draw_and_step():
+                    last = step
+                if not self.pending and self.epoch >= epoch_before:
+                    self._each("after_epoch", last, self.ctx)
+                why = self.stopping or next((r for p in self.plan.plugins if (r := p.stop(self.ctx))), None)
+                if why:
+                    reason = why
+                    break
+                self._maybe_save()
+        self.seconds += time.monotonic() - started
+        if self.folder is not None and self.train.save_every != 0:
+            self.save()
+        if self.stopping:
+            raise TrainingError(f"{self.stopping} after step {clock.step} of {clock.steps}. The checkpoint is written; continue with --resume.")
+        return Outcome(clock.step, self.seconds, self.tokens, reason, last.losses, self._peak())
+
+    def _draw_and_step(self) -> Iterator[Step]:
+        """Draw rows once and take one optimiser step on them, or `reuse` steps on one set of rollouts."""
+        self.model.train()
+        turn = self.lead["turn"].turn(self.ctx) if self.lead["turn"] else Turn()
+        rows, ids = self._next_rows(turn)
+        batches = self._collate(rows, ids)
+        for key, (objectives, batch) in batches.items():
+            lead = self.lead["rollout"]
+            if lead is not None and key is type(lead).collate:
+                with self.model.evaluating():
+                    batch = lead.rollout(batch, self.ctx)
+            batches[key] = (objectives, self._pick(batch))
+        for _ in range(max(1, self.train.reuse) if self.lead["rollout"] else 1):
+            yield self._step(turn, rows, batches)
+            if self.ctx.clock.step >= self.ctx.clock.steps:
+                break
+
+    def _pick(self, batch: Batch) -> Batch:
+        lead = self.lead["pick"]
+        if lead is None or self.ctx.clock.step < getattr(lead, "start", 0):
+            return batch if lead is None else batch.take(range(min(len(batch), self.train.batch)))
+        with self.model.evaluating():
+            weights = lead.pick(batch, RowScores(self.model, batch), self.ctx)
+        return batch.with_weights(weights)
+
+    def _step(self, turn: Turn, rows: list[Any], batches: dict[Any, tuple[list[tuple[Any, float]], Batch]]) -> Step:
+        clock, began = self.ctx.clock, time.monotonic()
+        self.ctx.logged.clear()
+        lr = self.base_lr * self._factor(clock.step)
+        step = Step(clock.step, self.epoch, self.model, self.groups, self.optimizer, rows, lr=lr, turn=turn, samples=clock.samples)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group.get("lr_scale", 1.0)
+        micro = self._micro_batches(batches)
+        step.micro_batches = [b for _, b, _ in micro]
+        self._each("before_step", step, self.ctx)
+        self.sync_groups()
+        counts = self._counts(micro)
+        self._descend(step, micro, counts)
+        self._each("after_step", step, self.ctx)
+        clock.step += 1
+        clock.samples += sum(len(b) for b in step.micro_batches)
+        fresh = sum(len(s) for b in step.micro_batches for s in b.sequences)
+        self.tokens += fresh
+        self._record(step, fresh, time.monotonic() - began)
+        return step
+
+    def _micro_batches(self, batches: dict[Any, tuple[list[tuple[Any, float]], Batch]]) -> list[tuple[list[tuple[Any, float]], Batch, int]]:
+        """(objectives, micro-batch, which batch it is part of)."""
+        made = []
+        for number, (objectives, batch) in enumerate(batches.values()):
+            if not objectives or not len(batch):
+                continue
+            for objective, _ in self.plan.objectives:
+                batch = objective.prepare(batch, self.ctx) if type(objective).collate in batches else batch
+            whole = any(o.whole_batch for o, _ in objectives)
+            tokens = None if whole else self.train.tokens_per_micro_batch
+            made += [(objectives, part, number) for part in batch.split(tokens, objectives[0][0].together)]
+        return made
+
+    def _counts(self, micro: list[Any]) -> list[dict[str, float]]:
+        """Denominators for each micro-batch: those of the whole effective batch it is part of, summed over ranks."""
+        totals: dict[int, dict[str, float]] = {}
+        for objectives, batch, number in micro:
+            mine = totals.setdefault(number, {})
+            own = [o.counts(batch) for o, _ in objectives]
+            for part in (batch.counts(), *own):
+                for name, value in part.items():
+                    mine[name] = mine.get(name, 0.0) + float(value)
+        if self.accelerator.num_processes > 1:
+            for mine in totals.values():
+                for name, value in mine.items():
+                    mine[name] = float(self.accelerator.reduce(torch.tensor(value, device=self.model.device), "sum"))
+        return [{**totals[n], "batch": totals[n]["row"] / max(b.counts()["row"], 1e-12)} for _, b, n in micro]
+
+    def _descend(self, step: Step, micro: list[Any], counts: list[dict[str, float]]) -> None:
+        def passes(grad: bool = True) -> dict[str, float]:
+            losses: dict[str, float] = {}
+            for (objectives, batch, _), count in zip(micro, counts):
+                self._one_pass(objectives, batch, count, losses, grad)
+            return losses
+
+        if not micro:
+            step.skip = True
+            return
+        if self.plan.optimizer.two_pass:
+            closure = Closure(self.model, self.optimizer, passes, self._finish_gradient(step))
+            closure.check = lambda losses: self._refuse_nan(losses, step)
+            step.losses = self.plan.optimizer.step(self.optimizer, closure, self.ctx) or closure.first_losses
+            step.losses = closure.first_losses
+            return
+        self.optimizer.zero_grad(set_to_none=True)
+        step.losses = passes()
+        self._refuse_nan(step.losses, step)
+        self._finish_gradient(step)()
+        if not step.skip:
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _one_pass(self, objectives: list[tuple[Any, float]], batch: Batch, count: dict[str, float], losses: dict[str, float], grad: bool) -> None:
+        """Forward and, with `grad`, backward of one micro-batch; each yielded loss before the next is computed."""
+        for loss in self._losses(objectives, batch):
+            value = loss.value(count)
+            for name, term in loss.terms.items():
+                shown = term.total if term.report is None else term.report
+                divisor = count.get(name, count.get(term.per, 1.0) if term.count is None else term.count)
+                losses[name] = losses.get(name, 0.0) + float(shown.detach()) / (divisor or 1.0)
+            if grad and value.requires_grad:
+                self.accelerator.backward(value)
+            losses["loss"] = losses.get("loss", 0.0) + float(value.detach())
+
+    def _losses(self, objectives: list[tuple[Any, float]], batch: Batch) -> Iterator[Loss]:
+        total = Loss()
+        with self.accelerator.autocast():
+            for objective, weight in objectives:
+                given = objective.loss(self.model, batch, self.ctx)
+                if isinstance(given, Iterator):
+                    for part in given:
+                        yield Loss().merge(of(part, objective.name), weight)
+                else:
+                    total.merge(of(given, objective.name), weight)
+            for plugin in self.plan.plugins:
+                extra = plugin.penalty(self.model, self.ctx)
+                if extra is not None:
+                    total.merge(extra)
+        if total.terms:
+            yield total
+
+    def _finish_gradient(self, step: Step) -> Callable[[], None]:
+        """Sum over ranks, let the plug-ins read and edit, clip. Returned as a function: a two-pass optimizer calls it at its end."""
+
+        def finish() -> None:
+            params = [p for g in self.groups for p in g.params.values() if p.grad is not None]
+            if self.accelerator.num_processes > 1:
+                for p in params:
+                    torch.distributed.all_reduce(p.grad)
+            self._each("after_backward", step, self.ctx)
+            params = [p for p in params if p.grad is not None]
+            norm = torch.nn.utils.get_total_norm([p.grad for p in params]) if params else torch.zeros(())
+            step.grad_norm = float(norm)
+            if self.train.clip:
+                torch.nn.utils.clip_grads_with_norm_(params, self.train.clip, norm)
+
+        return finish
+
+    def _refuse_nan(self, losses: dict[str, float], step: Step) -> None:
+        if all(math.isfinite(v) for v in losses.values()):
+            return
+        bad = ", ".join(f"{k} = {v}" for k, v in losses.items() if not math.isfinite(v))
+        rows = ", ".join(str(i) for b in step.micro_batches for i in b.ids.tolist())
+        self.optimizer.zero_grad(set_to_none=True)
+        kept = checkpoint.latest(self.folder / "checkpoints") if self.folder else None
+        where = f"The last good checkpoint is {kept.name}." if kept else "No checkpoint had been written yet."
+        raise TrainingError(
+            f"The loss is not a number at step {step.number} ({bad}), on rows {rows}. {where} "
+            f"Look at these rows, lower optimize.lr (now {step.lr:.2g}) or set train.clip, then run again with --resume."
+        )
+
+    def _each(self, hook: str, *args: Any) -> None:
+        for plugin in self.plan.plugins:
+            getattr(plugin, hook)(*args)
+
+    def _factor(self, step: int) -> float:
+        """The learning rate's share of its peak: linear warm-up, then the schedule."""
+        total = self.ctx.clock.steps
+        warm = self.train.warmup if self.train.warmup >= 1 else math.ceil(self.train.warmup * total)
+        if step < warm:
+            return (step + 1) / warm
+        t = (step - warm) / max(1, total - warm)
+        return {"constant": 1.0, "linear": 1 - t, "cosine": (1 + math.cos(math.pi * t)) / 2}[self.train.schedule]
+
+    # records and checkpoints --------------------------------------------------------------------------------------------
+    def _record(self, step: Step, tokens: int, seconds: float) -> None:
+        line = {"step": self.ctx.clock.step, "epoch": self.epoch, **step.losses, "grad_norm": step.grad_norm, "lr": step.lr,
+                "rows": sum(len(b) for b in step.micro_batches), "tokens_per_second": tokens / max(seconds, 1e-9), **self.ctx.logged}  # fmt: skip
+        for measure in self.plan.measures:
+            if measure.every and self.ctx.clock.step % measure.every == 0:
+                with self.folded(), self.model.evaluating():
+                    found = measure.measure(self.model, self.ctx.streams.get("test"), self.ctx)
+                line |= {f"{measure.name}/{k}": v for k, v in found.numbers.items()}
+        self.journal.write(line, every=self.train.log_every)
+
+    @contextmanager
+    def folded(self) -> Iterator[Family]:
+        """The model as it will be used, around evaluation, measures and export."""
+        with ExitStack() as stack:
+            for plugin in self.plan.plugins:
+                stack.enter_context(plugin.folded(self.model))
+            yield self.model
+
+    def _maybe_save(self) -> None:
+        every = self.train.save_every
+        due = self.ctx.clock.step % every == 0 if every else time.monotonic() - self.saved_at > 60
+        if self.folder is not None and every != 0 and due:
+            self.save()
+
+    def save(self) -> Path:
+        """A checkpoint of everything that the rest of the run depends on."""
+        assert self.folder is not None
+        trained = {n: p for n, p in self._saved_tensors()}
+        state = {
+            "identity": self.identity, "weights": trained, "optimizer": self.optimizer.state_dict(),
+            "plugins": [p.state_dict() for p in self.plan.plugins], "active": [g.active for g in self.groups],
+            "context": self.ctx.state_dict(), "rng": checkpoint.rng_state(), "pending": self.pending, "epoch": self.epoch,
+            "tokens": self.tokens, "seconds": self.seconds, "journal": self.journal.position(),
+        }  # fmt: skip
+        path = checkpoint.save(self.folder / "checkpoints", self.ctx.clock.step, state, self.train.keep)
+        self.saved_at = time.monotonic()
+        return path
+
+    def _saved_tensors(self) -> Iterable[tuple[str, torch.Tensor]]:
+        """Trained parameters (active or not), plug-ins' modules and all buffers."""
+        for i, group in enumerate(self.groups):
+            for name, param in group.params.items():
+                yield f"{i}/{name}", param
+        for name, buffer in self.model.all_modules().named_buffers():
+            yield f"buffer/{name}", buffer
+
+    def _restore(self) -> None:
+        newest = checkpoint.latest(self.folder / "checkpoints") if self.folder else None
+        if newest is None:
+            return
+        state = checkpoint.load(newest)
+        for key, now in self.identity.items():
+            then = state["identity"].get(key)
+            if then != now:
+                raise TrainingError(f"This run cannot be continued exactly: {key} was {then} and is {now}. Restore it, or start a new run.")
+        for plugin, saved in zip(self.plan.plugins, state["plugins"]):
+            plugin.load_state_dict(saved)
+        tensors = state["weights"]
+        with torch.no_grad():
+            for name, tensor in self._saved_tensors():
+                tensor.copy_(tensors[name])
+        for group, active in zip(self.groups, state["active"]):
+            group.active = active
+        self.sync_groups()
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.ctx.load_state_dict(state["context"])
+        self.pending, self.epoch = state["pending"], state["epoch"]
+        self.tokens, self.seconds = state["tokens"], state["seconds"]
+        self.journal.cut(state["journal"])
+        checkpoint.set_rng_state(state["rng"])
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """SIGTERM and Ctrl-C finish the step, write a checkpoint and stop."""
+
+        def ask(number: int, _frame: Any) -> None:
+            self.stopping = "Stopped by Ctrl-C" if number == signal.SIGINT else "Stopped by SIGTERM"
+
+        try:
+            old = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
+        except ValueError:  # not in the main thread
+            old = {}
+        try:
+            yield
+        finally:
+            for s, handler in old.items():
+                signal.signal(s, handler)
+
+    def _peak(self) -> int:
+        if self.model.device.type == "cuda":
+            return int(torch.cuda.max_memory_allocated())
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def fit(parameters: Iterable[torch.Tensor], loss: Callable[[list[Any]], torch.Tensor], rows: Any, ctx: Context | None = None,
+        steps: int = 100, batch: int = 32, lr: float = 1e-3, weight_decay: float = 0.0, name: str = "fit") -> float:  # fmt: skip
+    """Train a few tensors of a plug-in's own with AdamW: `loss(rows)` is the mean loss of some rows. Returns the last loss."""
+    tensors = list(parameters)
+    optimizer = torch.optim.AdamW(tensors, lr=lr, weight_decay=weight_decay)
+    seed, value = (ctx.seed if ctx else 0), float("nan")
+    for step in range(steps):
+        lap, at = divmod(step * batch, max(1, len(rows)))
+        order = np.random.default_rng(seed_of(seed, name, lap)).permutation(len(rows))
+        optimizer.zero_grad(set_to_none=True)
+        result = loss([rows[int(i)] for i in order[at : at + batch]])
+        result.backward()
+        optimizer.step()
+        value = float(result.detach())
+    return value
