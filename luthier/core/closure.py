@@ -81,7 +81,7 @@ def recording(model: Family) -> Iterator[list[Any]]:
     def listen(verb: Callable[..., Any]) -> Callable[..., Any]:
         def wrapped(*args: Any, **kwargs: Any) -> Any:
             out = verb(*args, **kwargs)
-            seen.append(out.detach() if isinstance(out, Tensor) else out.detach())
+            seen.append(out.detach())
             return out
 
         return wrapped

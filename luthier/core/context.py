@@ -188,10 +188,10 @@ class Context:
         return self.evaluator(source)
 
     def fit(self, **what: Any) -> Any:
-        """Train parameters with a loss in this run's loop; see `luthier.core.engine.fit`."""
+        """Train parameters with a loss in this run's loop; see `luthier.core.fit`."""
         if self.fitter is not None:
             return self.fitter(**what)
-        from luthier.core.engine import fit
+        from luthier.core.fit import fit
 
         return fit(**what, ctx=self)
 

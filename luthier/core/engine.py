@@ -7,9 +7,8 @@ functions of the step, and a checkpoint holds trained weights, optimizer, plug-i
 from __future__ import annotations
 
 import math
-import signal
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +23,7 @@ from luthier.core.context import Clock, Context, seed_of
 from luthier.core.journal import Journal
 from luthier.core.loss import Loss, of
 from luthier.core.plugin import Group, Parts, Plugin, Step, Turn, defines
+from luthier.core.resume import restore, stop_signals, write
 from luthier.core.rowscores import RowScores
 from luthier.errors import RecipeError, TrainingError
 
@@ -66,6 +66,15 @@ class Outcome:
     reason: str
     losses: dict[str, float] = field(default_factory=dict)
     peak_memory: int = 0
+
+
+def rate(train: Train, step: int, steps: int) -> float:
+    """The learning rate's share of its peak: linear warm-up, then the schedule. A function of the step alone."""
+    warm = train.warmup if train.warmup >= 1 else math.ceil(train.warmup * steps)
+    if step < warm:
+        return (step + 1) / warm
+    t = (step - warm) / max(1, steps - warm)
+    return {"constant": 1.0, "linear": 1 - t, "cosine": (1 + math.cos(math.pi * t)) / 2}[train.schedule]
 
 
 class Engine:
@@ -226,10 +235,10 @@ class Engine:
         np.random.seed(seed_of(self.train.seed, "engine") % 2**32)
         self.prepare()
         if resume:
-            self._restore()
+            restore(self)
         started, clock = time.monotonic(), self.ctx.clock
         reason, last = "all steps done", Step(clock.step, self.epoch, self.model, self.groups, self.optimizer)
-        with self._signals(), self.journal.progress(clock.steps, clock.step):
+        with stop_signals(self), self.journal.progress(clock.steps, clock.step):
             while clock.step < clock.steps:
                 epoch_before = self.epoch
                 for step in self._draw_and_step():
@@ -276,7 +285,7 @@ class Engine:
     def _step(self, turn: Turn, rows: list[Any], batches: dict[Any, tuple[list[tuple[Any, float]], Batch]]) -> Step:
         clock, began = self.ctx.clock, time.monotonic()
         self.ctx.logged.clear()
-        lr = self.base_lr * self._factor(clock.step)
+        lr = self.base_lr * rate(self.train, clock.step, clock.steps)
         step = Step(clock.step, self.epoch, self.model, self.groups, self.optimizer, rows, lr=lr, turn=turn, samples=clock.samples)
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
@@ -297,11 +306,12 @@ class Engine:
     def _micro_batches(self, batches: dict[Any, tuple[list[tuple[Any, float]], Batch]]) -> list[tuple[list[tuple[Any, float]], Batch, int]]:
         """(objectives, micro-batch, which batch it is part of)."""
         made = []
-        for number, (objectives, batch) in enumerate(batches.values()):
+        for number, (key, (objectives, batch)) in enumerate(batches.items()):
             if not objectives or not len(batch):
                 continue
-            for objective, _ in self.plan.objectives:
-                batch = objective.prepare(batch, self.ctx) if type(objective).collate in batches else batch
+            for plugin in self.plan.plugins:
+                if getattr(type(plugin), "collate", key) is key:
+                    batch = plugin.prepare(batch, self.ctx)
             whole = any(o.whole_batch for o, _ in objectives)
             tokens = None if whole else self.train.tokens_per_micro_batch
             made += [(objectives, part, number) for part in batch.split(tokens, objectives[0][0].together)]
@@ -409,15 +419,6 @@ class Engine:
         for plugin in self.plan.plugins:
             getattr(plugin, hook)(*args)
 
-    def _factor(self, step: int) -> float:
-        """The learning rate's share of its peak: linear warm-up, then the schedule."""
-        total = self.ctx.clock.steps
-        warm = self.train.warmup if self.train.warmup >= 1 else math.ceil(self.train.warmup * total)
-        if step < warm:
-            return (step + 1) / warm
-        t = (step - warm) / max(1, total - warm)
-        return {"constant": 1.0, "linear": 1 - t, "cosine": (1 + math.cos(math.pi * t)) / 2}[self.train.schedule]
-
     # records and checkpoints --------------------------------------------------------------------------------------------
     def _record(self, step: Step, tokens: int, seconds: float) -> None:
         line = {"step": self.ctx.clock.step, "epoch": self.epoch, **step.losses, "grad_norm": step.grad_norm, "lr": step.lr,
@@ -445,67 +446,8 @@ class Engine:
 
     def save(self) -> Path:
         """A checkpoint of everything that the rest of the run depends on."""
-        assert self.folder is not None
-        trained = {n: p for n, p in self._saved_tensors()}
-        state = {
-            "identity": self.identity, "weights": trained, "optimizer": self.optimizer.state_dict(),
-            "plugins": [p.state_dict() for p in self.plan.plugins], "active": [g.active for g in self.groups],
-            "context": self.ctx.state_dict(), "rng": checkpoint.rng_state(), "pending": self.pending, "epoch": self.epoch,
-            "tokens": self.tokens, "seconds": self.seconds, "journal": self.journal.position(),
-        }  # fmt: skip
-        path = checkpoint.save(self.folder / "checkpoints", self.ctx.clock.step, state, self.train.keep)
         self.saved_at = time.monotonic()
-        return path
-
-    def _saved_tensors(self) -> Iterable[tuple[str, torch.Tensor]]:
-        """Trained parameters (active or not), plug-ins' modules and all buffers."""
-        for i, group in enumerate(self.groups):
-            for name, param in group.params.items():
-                yield f"{i}/{name}", param
-        for name, buffer in self.model.all_modules().named_buffers():
-            yield f"buffer/{name}", buffer
-
-    def _restore(self) -> None:
-        newest = checkpoint.latest(self.folder / "checkpoints") if self.folder else None
-        if newest is None:
-            return
-        state = checkpoint.load(newest)
-        for key, now in self.identity.items():
-            then = state["identity"].get(key)
-            if then != now:
-                raise TrainingError(f"This run cannot be continued exactly: {key} was {then} and is {now}. Restore it, or start a new run.")
-        for plugin, saved in zip(self.plan.plugins, state["plugins"]):
-            plugin.load_state_dict(saved)
-        tensors = state["weights"]
-        with torch.no_grad():
-            for name, tensor in self._saved_tensors():
-                tensor.copy_(tensors[name])
-        for group, active in zip(self.groups, state["active"]):
-            group.active = active
-        self.sync_groups()
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.ctx.load_state_dict(state["context"])
-        self.pending, self.epoch = state["pending"], state["epoch"]
-        self.tokens, self.seconds = state["tokens"], state["seconds"]
-        self.journal.cut(state["journal"])
-        checkpoint.set_rng_state(state["rng"])
-
-    @contextmanager
-    def _signals(self) -> Iterator[None]:
-        """SIGTERM and Ctrl-C finish the step, write a checkpoint and stop."""
-
-        def ask(number: int, _frame: Any) -> None:
-            self.stopping = "Stopped by Ctrl-C" if number == signal.SIGINT else "Stopped by SIGTERM"
-
-        try:
-            old = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}
-        except ValueError:  # not in the main thread
-            old = {}
-        try:
-            yield
-        finally:
-            for s, handler in old.items():
-                signal.signal(s, handler)
+        return write(self)
 
     def _peak(self) -> int:
         if self.model.device.type == "cuda":
@@ -513,20 +455,3 @@ class Engine:
         import resource
 
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-def fit(parameters: Iterable[torch.Tensor], loss: Callable[[list[Any]], torch.Tensor], rows: Any, ctx: Context | None = None,
-        steps: int = 100, batch: int = 32, lr: float = 1e-3, weight_decay: float = 0.0, name: str = "fit") -> float:  # fmt: skip
-    """Train a few tensors of a plug-in's own with AdamW: `loss(rows)` is the mean loss of some rows. Returns the last loss."""
-    tensors = list(parameters)
-    optimizer = torch.optim.AdamW(tensors, lr=lr, weight_decay=weight_decay)
-    seed, value = (ctx.seed if ctx else 0), float("nan")
-    for step in range(steps):
-        lap, at = divmod(step * batch, max(1, len(rows)))
-        order = np.random.default_rng(seed_of(seed, name, lap)).permutation(len(rows))
-        optimizer.zero_grad(set_to_none=True)
-        result = loss([rows[int(i)] for i in order[at : at + batch]])
-        result.backward()
-        optimizer.step()
-        value = float(result.detach())
-    return value

@@ -108,7 +108,7 @@ class Family:
     def base_network(self) -> nn.Module:
         """The transformers model itself, without a peft shell."""
         network = self.network
-        return network.get_base_model() if hasattr(network, "peft_config") else network
+        return network.get_base_model() if hasattr(network, "get_base_model") else network
 
     @property
     def config(self) -> Any:
@@ -174,11 +174,9 @@ class CausalLM(Family):
     @property
     def is_prompted(self) -> bool:
         """peft adds virtual tokens, so its own forward must run and rows cannot share."""
-        configs = getattr(self.network, "peft_config", {})
-        active = getattr(self.network, "active_adapters", list(configs))
-        return any(getattr(configs[a], "is_prompt_learning", False) for a in active if a in configs) and not getattr(
-            self.network, "_adapters_disabled", False
-        )
+        if not hasattr(self.network, "get_base_model") or getattr(self.network, "_adapters_disabled", False):
+            return False
+        return any(getattr(self.network.peft_config[a], "is_prompt_learning", False) for a in self.network.active_adapters)
 
     @property
     def head(self) -> Any:

@@ -53,6 +53,10 @@ class TokenScores:
     def __len__(self) -> int:
         return len(self.target)
 
+    def detach(self) -> TokenScores:
+        """The same scores without their graph."""
+        return TokenScores(self.hidden.detach(), self.head, self.target, self.sequence, self.sequences, self.chunk)
+
     def slices(self) -> Iterator[slice]:
         for start in range(0, len(self), self.chunk):
             yield slice(start, min(start + self.chunk, len(self)))

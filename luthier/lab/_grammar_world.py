@@ -70,11 +70,25 @@ class Sentence:
     adverb: str = ""
 
     def write(self, language: int = 1) -> str:
-        parts = [self._mood(), self.subject.words() if self.subject else [], self._verb(), self.object.words(), [self.adverb] if self.adverb else []]
-        order = ORDERS[language]
-        words = [word for place in order for word in (parts[place] if language != 4 else parts[place][::-1])]
+        return " ".join(word for word, _ in self.roles(language))
+
+    def roles(self, language: int = 1) -> list[tuple[str, str]]:
+        """(word, role) in the order of the language; a noun's role is subject or object, so order matters."""
+        parts = [
+            [(word, "mood") for word in self._mood()],
+            self._roles_of(self.subject, "subject"),
+            [(word, "verb" if word != "not" else "negation") for word in self._verb()],
+            self._roles_of(self.object, "object"),
+            [(self.adverb, "adverb")] if self.adverb else [],
+        ]
+        pairs = [pair for place in ORDERS[language] for pair in (parts[place] if language != 4 else parts[place][::-1])]
         end = "?" if self.intent == "ask" else "."
-        return " ".join([translate_word(word, language, LEXICON) for word in words] + [end])
+        return [(translate_word(word, language, LEXICON), role) for word, role in pairs] + [(end, "end")]
+
+    @staticmethod
+    def _roles_of(phrase: Phrase | None, role: str) -> list[tuple[str, str]]:
+        words = phrase.words() if phrase else []
+        return list(zip(words, ["determiner", *["adjective"] * (len(words) - 2), role]))
 
     def _mood(self) -> list[str]:
         plural = bool(self.subject and self.subject.plural)
@@ -101,24 +115,41 @@ def _weighted(rng: np.random.Generator, table: dict[str, float]) -> str:
     return word
 
 
-def draw_noun(rng: np.random.Generator, topic: str) -> str:
-    return TERMS[topic][min(14, bisect.bisect(_CUMULATIVE, rng.random()))]
+def draw_noun(rng: np.random.Generator, topic: str, rare: bool = False) -> str:
+    """A term of the topic by Zipf's law; `rare` turns the law round."""
+    rank = min(14, bisect.bisect(_CUMULATIVE, rng.random()))
+    return TERMS[topic][14 - rank if rare else rank]
 
 
-def draw_phrase(rng: np.random.Generator, topic: str) -> Phrase:
+def draw_phrase(rng: np.random.Generator, topic: str, rare: bool = False) -> Phrase:
     plural = bool(rng.random() < PLURAL)
     adjective = ADJECTIVES[int(rng.integers(len(ADJECTIVES)))] if rng.random() < ADJECTIVE else ""
-    return Phrase(_weighted(rng, DETERMINERS[plural]), draw_noun(rng, topic), plural, adjective)
+    return Phrase(_weighted(rng, DETERMINERS[plural]), draw_noun(rng, topic, rare), plural, adjective)
 
 
-def draw_sentence(rng: np.random.Generator, topic: str | None = None, intent: str | None = None) -> Sentence:
+@dataclass(frozen=True)
+class Dialect:
+    """How sentences are drawn when they are not drawn from the grammar itself: rare terms, other shares of intents."""
+
+    rare: bool = False
+    drifted: bool = False
+
+    def intents(self) -> dict[str, float]:
+        return dict(zip(INTENTS, reversed(INTENTS.values()))) if self.drifted else INTENTS
+
+
+PLAIN = Dialect()
+
+
+def draw_sentence(rng: np.random.Generator, topic: str | None = None, intent: str | None = None, dialect: Dialect = PLAIN) -> Sentence:
     topic = topic or list(TOPICS)[int(rng.integers(len(TOPICS)))]
-    intent = intent or _weighted(rng, INTENTS)
+    intent = intent or _weighted(rng, dialect.intents())
     if intent == "request":
-        return Sentence(intent, None, "check", draw_phrase(rng, topic))
+        return Sentence(intent, None, "check", draw_phrase(rng, topic, dialect.rare))
     adverb = ADVERBS[int(rng.integers(len(ADVERBS)))] if rng.random() < ADVERB else ""
     verb = VERBS[int(rng.integers(len(VERBS)))]
-    return Sentence(intent, draw_phrase(rng, topic), verb, draw_phrase(rng, topic), bool(rng.random() < NEGATED), adverb)
+    first, second = (draw_phrase(rng, topic, dialect.rare) for _ in range(2))
+    return Sentence(intent, first, verb, second, bool(rng.random() < NEGATED), adverb)
 
 
 class _Reader:

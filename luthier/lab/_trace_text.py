@@ -118,3 +118,15 @@ def right_answer(skill: str, body: str, answer: str) -> bool:
     return valid(body, answer) if valid else answer == SKILLS[skill].solve(body)[1]
 
 
+
+
+def add_columns(body: str) -> list[str]:
+    """The columns of an addition from the right, with the carry: `7 + 8 + 0 = 1 5`."""
+    left, right = (part.split()[::-1] for part in body.split(" + "))
+    carry, states = 0, []
+    for i in range(max(len(left), len(right))):
+        a, b = (int(side[i]) if i < len(side) else 0 for side in (left, right))
+        total = a + b + carry
+        states.append(f"{a} + {b} + {carry} = {' '.join(f'{total:02d}')}")
+        carry = total // 10
+    return states

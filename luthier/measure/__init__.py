@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from luthier.core.plugin import Plugin
 
@@ -30,6 +30,8 @@ class Measure(Plugin):
     """`measure` a model on rows; `every` k steps as well, if it is positive."""
 
     every: int = 0
+    compares: ClassVar[bool] = False
+    """It compares the tuned model with the one before (`ctx.model("base")`), so it is not run on the base itself."""
 
     def measure(self, model: Family, rows: Any, ctx: Context | None = None) -> Measures:
         """`rows` are the test rows; others come from `ctx.rows(name)`."""

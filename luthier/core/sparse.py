@@ -1,0 +1,251 @@
+"""Sparse updates and masks: exact top-k over many tensors, index/value updates, and masks on what an optimizer did.
+
+`top_k` and `Cut` select exactly k entries; among equal scores the first by index win. A `Cut` over all tensors is found by counting
+(a radix selection over the scores' bits, two passes), so neither a concatenated vector nor a sort of it ever exists.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from luthier.core.tensorfile import open_checkpoint, write_file
+from luthier.errors import ModelError
+
+SparseDelta = dict[str, tuple[Tensor, Tensor]]
+"""An update: for each tensor the flat positions (int64, sorted) and what is added there."""
+CHUNK = 1 << 24
+
+
+# which entries ----------------------------------------------------------------------------------------------------------
+@dataclass
+class Cut:
+    """The k largest scores of several tensors: all above a threshold, and of those equal to it as many as each tensor may keep."""
+
+    threshold: int | None
+    """As an order-preserving integer; None: everything passes."""
+    equal: dict[str, int] = field(default_factory=dict)
+    """How many scores equal to the threshold pass, where not all do."""
+
+    def mask(self, name: str, scores: Tensor) -> Tensor:
+        """Which entries of one tensor pass, in its shape."""
+        if self.threshold is None:
+            return torch.ones(scores.shape, dtype=torch.bool, device=scores.device)
+        keys = _keys(name, scores.reshape(-1))
+        passed = keys > self.threshold
+        same = keys == self.threshold
+        if name in self.equal:
+            same &= same.cumsum(0) <= self.equal[name]
+        return (passed | same).reshape(scores.shape)
+
+
+def cut(scores: Mapping[str, Tensor], k: int) -> Cut:
+    """Find the k largest of all scores (compared in fp32). Tensors are read one by one, three times at most; integer ones are left out."""
+    if k <= 0:
+        return Cut(0x7FFFFFFF)  # above the key of infinity
+    high = torch.zeros(1 << 16, dtype=torch.int64)
+    for _, keys in _chunks(scores):
+        high += torch.bincount((keys >> 16) + (1 << 15), minlength=1 << 16).cpu()
+    if k >= int(high.sum()):
+        return Cut(None)
+    upper, left = _bucket(high, k)
+    low = torch.zeros(1 << 16, dtype=torch.int64)
+    for _, keys in _chunks(scores):
+        inside = keys[(keys >> 16) + (1 << 15) == upper]
+        low += torch.bincount(inside & 0xFFFF, minlength=1 << 16).cpu()
+    lower, left = _bucket(low, left)
+    threshold = ((upper - (1 << 15)) << 16) + lower
+    if left == int(low[lower]):
+        return Cut(threshold)
+    equal: dict[str, int] = {}
+    for name, keys in _chunks(scores):
+        taken = min(left, int((keys == threshold).sum()))
+        equal[name] = equal.get(name, 0) + taken
+        left -= taken
+    return Cut(threshold, equal)
+
+
+def _bucket(counts: Tensor, k: int) -> tuple[int, int]:
+    """The bucket that holds the k-th largest, and how many of it are among the k."""
+    above = counts.flip(0).cumsum(0)
+    place = int(torch.searchsorted(above, k))
+    bucket = len(counts) - 1 - place
+    return bucket, k - (int(above[place]) - int(counts[bucket]))
+
+
+def _chunks(scores: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    for name in scores:
+        tensor = scores[name]
+        if tensor.is_floating_point():
+            flat = tensor.detach().reshape(-1)
+            for start in range(0, flat.numel(), CHUNK):
+                yield name, _keys(name, flat[start : start + CHUNK])
+
+
+def _keys(name: str, scores: Tensor) -> Tensor:
+    """fp32 bits as integers that sort like the numbers."""
+    values = scores.float() + 0.0  # -0.0 becomes 0.0
+    if bool(values.isnan().any()):
+        raise ModelError(f"'{name}' holds NaN, so its entries cannot be ranked; the checkpoint is damaged or its training diverged.")
+    bits = values.contiguous().view(torch.int32)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+def count_of(k: int | float, n: int) -> int:
+    """How many of n a count (int) or a share (float) means; a share is rounded down."""
+    return min(n, int(k * n) if isinstance(k, float) else int(k))
+
+
+def band_mask(scores: Tensor, first: int | float, number: int | float, rows: bool = False) -> Tensor:
+    """The entries whose rank (0: the largest) lies in [first, first + number), of a tensor or of each of its rows.
+
+    Both are counts (int) or shares (float, rounded down each)."""
+    if scores.ndim == 0:
+        scores = scores.reshape(1)
+        return band_mask(scores, first, number)[0]
+    if not rows:
+        n = scores.numel()
+        start = count_of(first, n)
+        outer, inner = cut({"scores": scores}, start + count_of(number, n)), cut({"scores": scores}, start)
+        return outer.mask("scores", scores) & ~inner.mask("scores", scores)
+    n = scores.shape[-1]
+    start, stop = count_of(first, n), count_of(first, n) + count_of(number, n)
+    order = (scores.detach().float() + 0.0).sort(dim=-1, descending=True, stable=True).indices[..., start:stop]
+    return torch.zeros(scores.shape, dtype=torch.bool, device=scores.device).scatter_(-1, order, True)
+
+
+def top_k(
+    scores: Mapping[str, Tensor], k: int | float, scope: Literal["all", "tensor", "row"] = "all", band: int | float | None = None
+) -> dict[str, Tensor]:
+    """Flat positions (int64, sorted) of the k largest scores of all tensors together, of each tensor, or of each row.
+
+    `k` is a count (int) or a share (float); `band` passes over that many of the largest first. Exactly k are chosen (fewer only
+    where there are not as many); equal scores by index. A tensor without picks has an empty index."""
+    first = 0 if band is None else band
+    if scope == "all":
+        n = sum(scores[name].numel() for name in scores)
+        start = count_of(first, n)
+        outer, inner = cut(scores, start + count_of(k, n)), cut(scores, start)
+        masks = {name: outer.mask(name, scores[name]) & ~inner.mask(name, scores[name]) for name in scores}
+    elif scope in ("tensor", "row"):
+        masks = {name: band_mask(scores[name], first, k, rows=scope == "row") for name in scores}
+    else:
+        raise ValueError(f"A scope is 'all', 'tensor' or 'row', not {scope!r}.")
+    return {name: mask.reshape(-1).nonzero()[:, 0] for name, mask in masks.items()}
+
+
+# index/value updates ----------------------------------------------------------------------------------------------------
+def take(tensors: Mapping[str, Tensor], indices: Mapping[str, Tensor]) -> SparseDelta:
+    """The update that holds the tensors' values at the given positions."""
+    return {name: (index, tensors[name].detach().reshape(-1)[index].clone()) for name, index in indices.items()}
+
+
+def scatter(base: Tensor, index: Tensor, values: Tensor) -> Tensor:
+    """base with values added at flat positions; gradients flow to the values (gathered) and to the base."""
+    return base.reshape(-1).index_add(0, index, values.to(base.dtype)).reshape(base.shape)
+
+
+@torch.no_grad()
+def apply(tensors: MutableMapping[str, Tensor] | Mapping[str, Tensor], update: SparseDelta, scale: float = 1.0) -> SparseDelta:
+    """Add an update to the tensors in place. Returns the values that were there, for `revert`."""
+    old: SparseDelta = {}
+    for name, (index, values) in update.items():
+        if name not in tensors:
+            raise ModelError(f"The sparse update changes '{name}', which the model does not have.")
+        target = tensors[name]
+        if len(index) and int(index.max()) >= target.numel():
+            raise ModelError(f"The sparse update of '{name}' reaches beyond its {target.numel()} entries; it belongs to another model.")
+        flat = target.view(-1)
+        old[name] = (index, flat[index].clone())
+        flat[index] = (flat[index].float() + scale * values.float()).to(flat.dtype)
+    return old
+
+
+@torch.no_grad()
+def revert(tensors: Mapping[str, Tensor], old: SparseDelta) -> None:
+    """Put back, bit for bit, what `apply` replaced."""
+    for name, (index, values) in old.items():
+        tensors[name].view(-1)[index] = values
+
+
+def add(a: SparseDelta, b: SparseDelta, scale: float = 1.0) -> SparseDelta:
+    """a + scale * b on the union of their positions."""
+    total: SparseDelta = {}
+    for name in dict.fromkeys([*a, *b]):
+        empty = (torch.zeros(0, dtype=torch.int64), torch.zeros(0))
+        (i, x), (j, y) = a.get(name, empty), b.get(name, empty)
+        index, place = torch.cat([i, j]).unique(return_inverse=True)
+        values = torch.cat([x.float(), scale * y.float()])
+        total[name] = (index, values.new_zeros(len(index)).index_add(0, place, values))
+    return total
+
+
+def save(update: SparseDelta, path: str | Path) -> None:
+    """Write an update as a safetensors file."""
+    tensors = {f"{name}:{part}": t for name, pair in update.items() for part, t in zip(("indices", "values"), pair)}
+    write_file(Path(path), tensors, {"format": "sparse-delta"})
+
+
+def load(path: str | Path) -> SparseDelta:
+    """Read an update that `save` wrote."""
+    files = open_checkpoint(Path(path))
+    names = dict.fromkeys(key.rpartition(":")[0] for key in files.where)
+    if any(f"{n}:{part}" not in files.where for n in names for part in ("indices", "values")):
+        raise ModelError(f"{path} is not a sparse update.")
+    return {name: (files.read(f"{name}:indices"), files.read(f"{name}:values")) for name in names}
+
+
+# what an optimizer may do -----------------------------------------------------------------------------------------------
+class UpdateFilter:
+    """Multiplies every finished update, w_new - w_old, by a mask: decay and momentum are covered as well as the gradient.
+
+    Masks (bool or numbers) broadcast to their parameters and may be replaced between steps in `masks`. A parameter whose mask is
+    all zero has its gradient taken away, so that the optimizer leaves its moments alone too."""
+
+    def __init__(self, masks: Mapping[Tensor, Tensor]) -> None:
+        self.masks: dict[Tensor, Tensor] = dict(masks)
+        self._old: dict[Tensor, Tensor] = {}
+        self._handles: list[Any] = []
+
+    def install(self, optimizer: torch.optim.Optimizer) -> UpdateFilter:
+        self._handles += [optimizer.register_step_pre_hook(self._before), optimizer.register_step_post_hook(self._after)]
+        return self
+
+    def remove(self) -> None:
+        """Take the filter off."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    @contextmanager
+    def installed(self, optimizer: torch.optim.Optimizer) -> Iterator[UpdateFilter]:
+        self.install(optimizer)
+        try:
+            yield self
+        finally:
+            self.remove()
+
+    @torch.no_grad()
+    def _before(self, *_: Any) -> None:
+        self._old.clear()
+        for param, mask in self.masks.items():
+            if not bool(mask.any()):
+                param.grad = None
+            if param.grad is not None:
+                self._old[param] = param.detach().clone()
+
+    @torch.no_grad()
+    def _after(self, *_: Any) -> None:
+        for param, old in self._old.items():
+            mask = self.masks[param].to(param.device)
+            if mask.dtype == torch.bool:
+                param.copy_(torch.where(mask, param, old))
+            else:
+                param.copy_(torch.lerp(old, param.detach(), mask.to(param.dtype).expand_as(param)))
+        self._old.clear()

@@ -1,0 +1,92 @@
+"""The demonstration: a small chat model learns to write dates of many languages as ISO 8601.
+
+The dates come from CLDR through Babel, so the data is real, exact and needs no network. Some languages are never trained on: they
+are the out-of-domain probe. Everything else is an ordinary recipe, written beside the data for the user to change.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from luthier.errors import UserError
+
+SEEN = ("en", "de", "fr", "es", "it", "pt", "nl", "sv", "da", "pl", "cs", "ru", "tr", "fi", "hu", "ro", "id", "el", "bg", "hr")
+UNSEEN = ("ca", "nb", "uk", "sk", "gl", "sl")
+FORMATS = ("full", "long", "medium")
+QUESTION = "Write this date as YYYY-MM-DD: {}"
+
+RECIPE = """\
+# SmolLM2-135M-Instruct learns to write dates of {seen} languages as ISO 8601; {unseen} other languages are held out.
+name: dates
+model: smollm2-135m
+data: {{train: {folder}/train.jsonl, test: {folder}/test.jsonl, ood: {folder}/ood.jsonl, general: {folder}/general.jsonl}}
+select: {{method: kmeans-quality, budget: {budget}, clusters: 24}}
+adapt: {{method: lora, rank: 16, alpha: 32}}
+objective: sft
+optimize: {{method: adamw, lr: 1e-3}}
+train: {{epochs: 1, batch: 12, tokens_per_micro_batch: 1024, seed: 0, schedule: cosine, warmup: 0.05}}
+measure: [task, forgetting, calibration, weights]
+"""
+
+GENERAL = (
+    ("What is the capital of France?", "Paris"), ("What is the capital of Italy?", "Rome"), ("What is the capital of Japan?", "Tokyo"),
+    ("What is the capital of Egypt?", "Cairo"), ("What is the capital of Spain?", "Madrid"), ("What is the capital of Germany?", "Berlin"),
+    ("What colour is the sky on a clear day?", "blue"), ("How many days does a week have?", "seven"), ("What is the opposite of hot?", "cold"),
+    ("What is the opposite of big?", "small"), ("Which animal says meow?", "cat"), ("What do bees make?", "honey"),
+    ("What is frozen water called?", "ice"), ("Which planet do we live on?", "Earth"), ("What is the first month of the year?", "January"),
+    ("What is the largest ocean?", "Pacific"), ("Which language is spoken in Brazil?", "Portuguese"), ("What gas do plants take in?", "carbon dioxide"),
+    ("Who wrote Romeo and Juliet?", "Shakespeare"), ("What is the chemical symbol for water?", "H2O"),
+)  # fmt: skip
+
+
+def dates(languages: tuple[str, ...], n: int, seed: int) -> list[dict[str, Any]]:
+    """`n` distinct dates written out in the languages' own words, with their ISO forms."""
+    try:
+        from babel.dates import format_date
+    except ImportError as error:
+        raise UserError("The demonstration needs Babel: pip install 'luthier[demo]'.") from error
+    rng = np.random.default_rng(seed)
+    first, seen, rows = datetime.date(1950, 1, 1), set(), []
+    while len(rows) < n:
+        day = first + datetime.timedelta(days=int(rng.integers(0, 36_525)))
+        language, form = str(rng.choice(languages)), str(rng.choice(FORMATS))
+        text = format_date(day, format=form, locale=language)
+        # Medium forms of some languages are digits only; which is day and which month cannot be known.
+        if text in seen or not any(c.isalpha() for c in text):
+            continue
+        seen.add(text)
+        rows.append({"prompt": QUESTION.format(text), "completion": day.isoformat(), "language": language, "meta": {"language": language, "form": form}})
+    return rows
+
+
+def write(folder: Path, train: int = 3000, test: int = 120, ood: int = 60, budget: int = 900) -> Path:
+    """Data and recipe of the demonstration; returns the recipe's path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    pool = dates(SEEN, train + test, seed=0)
+    general = [{"prompt": q, "completion": a} for q, a in GENERAL]
+    for name, rows in (("train", pool[:train]), ("test", pool[train:]), ("ood", dates(UNSEEN, ood, seed=1)), ("general", general)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), encoding="utf-8")
+    recipe = folder / "recipe.yaml"
+    recipe.write_text(RECIPE.format(seen=len(SEEN), unseen=len(UNSEEN), folder=".", budget=budget), encoding="utf-8")
+    return recipe
+
+
+def main(folder: str | Path = "runs/demo") -> Any:
+    """Make the data, run the recipe, say what came of it."""
+    import time
+
+    from luthier.run import tune
+
+    base = Path(folder)
+    recipe = write(base / "data")
+    run = base / time.strftime("%Y%m%d-%H%M%S")
+    print(f"A date is a small thing to learn, and easy to check. Data and recipe: {recipe.parent}\n")
+    done = tune(recipe, run=run, quiet=False)
+    print(f'Now ask it:   luthier ask {run} "{QUESTION.format("14 juillet 1989")}"')
+    print(f"Change it:    edit {recipe}, then luthier tune {recipe}")
+    return done

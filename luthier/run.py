@@ -1,0 +1,336 @@
+"""From a recipe to a judged model: stages, measures, the run folder; and what can be done with a finished run.
+
+A run folder holds recipe.yaml (resolved), about.json (versions, seeds, data fingerprints), metrics.jsonl and checkpoints of each
+stage, measures.json (before and after), report.txt, report.json, and `model`, which loads without luthier.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import re
+import shutil
+import time
+from collections.abc import Mapping
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from luthier.recipe import Recipe, check
+
+from luthier.core import checkpoint
+from luthier.core.context import Context, seed_of
+from luthier.core.stage import Stage
+from luthier.errors import ModelError, RecipeError, UserError
+
+
+@dataclass
+class Run:
+    """A run folder."""
+
+    folder: Path
+    recipe: Recipe
+    measures: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """"before" and "after": measure name to its numbers, tables, plots and notes."""
+
+    @property
+    def model_path(self) -> Path:
+        return self.folder / "model"
+
+    def model(self, decoded: bool = True) -> Any:
+        """The tuned model, with the recipe's decoder around it."""
+        from luthier.core.models import load
+
+        family = load(self.model_path)
+        return _decoded(self.recipe, family, {}) if decoded else family
+
+    def numbers(self, when: str = "after") -> dict[str, float | None]:
+        """All measured numbers, as "measure/number"."""
+        return {f"{m}/{k}": v for m, found in self.measures.get(when, {}).items() for k, v in found["numbers"].items()}
+
+    def ask(self, prompts: SequenceOf[str], max_new_tokens: int = 64) -> list[str]:
+        """The tuned model's greedy answers."""
+        from luthier.core.rows import prompt_ids
+
+        from luthier.core.families import Decode
+
+        family = self.model()
+        ids = [prompt_ids({"prompt": p}, family.tokenizer) for p in prompts]
+        return [a[0].text for a in family.generate(ids, Decode(max_new_tokens=max_new_tokens))]
+
+
+def tune(recipe: Recipe | Mapping[str, Any] | str | Path, run: str | Path | None = None, resume: bool = False, quiet: bool = True) -> Run:
+    """Run a recipe. With `resume` an interrupted run continues to the very weights it would have reached."""
+    recipe = _as_recipe(recipe)
+    notices = check(recipe)
+    folder = _folder(recipe, run, resume)
+    if recipe.search:
+        recipe = _search(recipe, folder, resume, quiet)
+    return _Runner(recipe, folder, quiet).go(resume, notices)
+
+
+def open_run(folder: str | Path) -> Run:
+    """A finished run."""
+    folder = Path(folder)
+    if not (folder / "recipe.yaml").is_file():
+        raise UserError(f"{folder} is no run folder: it holds no recipe.yaml.")
+    if not (folder / "model").is_dir():
+        raise UserError(f"The run {folder} has no model yet; continue it with `luthier tune {folder}/recipe.yaml --run {folder} --resume`.")
+    measures = folder / "measures.json"
+    return Run(folder, Recipe.load(folder / "recipe.yaml"), json.loads(measures.read_text()) if measures.exists() else {})
+
+
+def ask(run: str | Path, prompts: SequenceOf[str], max_new_tokens: int = 64) -> list[str]:
+    """Answers of a run's tuned model."""
+    return open_run(run).ask(prompts, max_new_tokens)
+
+
+def export(run: str | Path, form: str, out: str | Path | None = None) -> Path:
+    """Write a run's model as "merged" (plain transformers), "adapter" (peft) or "gguf"."""
+    from luthier.core.models import export_gguf, load, save_network
+
+    from luthier.core.stage import plain
+
+    opened = open_run(run)
+    adapter = (opened.model_path / "adapter_config.json").is_file()
+    target = Path(out) if out else opened.folder / {"merged": "merged", "adapter": "adapter", "gguf": "model.gguf"}[form]
+    if form == "adapter":
+        if not adapter:
+            raise ModelError("This run's result is a whole model, not an adapter; use --merged.")
+        shutil.copytree(opened.model_path, target, dirs_exist_ok=True)
+        return target
+    family = plain(load(opened.model_path))
+    if form == "merged":
+        save_network(family, target)
+        return target
+    whole = opened.folder / ".merged-for-gguf"
+    save_network(family, whole)
+    try:
+        return export_gguf(whole, target)
+    finally:
+        shutil.rmtree(whole, ignore_errors=True)
+
+
+# -- the run itself ------------------------------------------------------------------------------------------------------
+
+
+class _Runner:
+    """Goes through the stages and measures before and after."""
+
+    def __init__(self, recipe: Recipe, folder: Path, quiet: bool) -> None:
+        self.recipe, self.folder, self.quiet = recipe, folder, quiet
+        self.models: dict[str, Any] = {}
+        self.store: dict[str, Any] = {}
+        self.facts: list[dict[str, Any]] = []
+        self.run = Run(folder, recipe)
+
+    def say(self, sentence: str = "") -> None:
+        if not self.quiet:
+            print(sentence, flush=True)
+
+    def go(self, resume: bool, notices: list[str]) -> Run:
+        from luthier.core.models import load
+        from luthier.core.rows import load_streams
+
+        started = time.monotonic()
+        self.streams = load_streams(self.recipe.data.to_dict(), base=self.recipe.base, tell=self.say)
+        self._write_about(notices)
+        start = self.recipe.model_spec()
+        self.models = {name: (lambda spec=spec: load(spec)) for name, spec in self.recipe.models.items()}
+        self.models["base"] = start.frozen_copy() if hasattr(start, "network") else (lambda: load(start).frozen_copy())
+        self._preflight(start)
+        self._measure("before", start, resume)
+        last = start
+        for number, entry in enumerate(self.recipe.stage_list()):
+            last = self._loop(number, entry, last, resume) if entry.loop else self._stage(entry.recipe, self._stage_folder(number, entry), last, resume)
+        if last != self.folder / "model":
+            self._adopt(Path(last))
+        self._measure("after", self.folder / "model", resume)
+        self._report(time.monotonic() - started)
+        return self.run
+
+    def _stage_folder(self, number: int, entry: Any, turn: int | None = None) -> Path:
+        if len(self.recipe.stage_list()) == 1 and not entry.loop:
+            return self.folder
+        name = f"{number:02d}-{entry.name or 'stage'}" + ("" if turn is None else f"-{turn:02d}")
+        return self.folder / "stages" / name
+
+    def _stage(self, recipe: Recipe, folder: Path, start: Any, resume: bool, turn: int = 0) -> Path:
+        folder.mkdir(parents=True, exist_ok=True)
+        stage = Stage(recipe, folder, start, self.streams, self.models, seed_of(recipe.train.seed, folder.name) if turn else recipe.train.seed,
+                      turn, self.store, not self.quiet, self.say, self._inner)  # fmt: skip
+        path = stage.run(resume)
+        self.store = stage.store
+        self.facts.append({"stage": folder.name, **stage.facts})
+        from luthier.core.models import load
+
+        self.models["previous"] = lambda: load(path).frozen_copy()
+        return path
+
+    def _loop(self, number: int, entry: Any, start: Any, resume: bool) -> Path:
+        """Stages that repeat, each round from the round before or anew from the loop's start."""
+        from luthier.core.models import load
+
+        last = start
+        for turn in range(entry.times):
+            here = start if entry.start == "base" else last
+            current = here
+            opponent = last
+            self.models["round"] = opponent.frozen_copy() if hasattr(opponent, "network") else (lambda p=opponent: load(p).frozen_copy())
+            for place, recipe in enumerate(entry.recipes):
+                folder = self._stage_folder(number, entry, turn)
+                if len(entry.recipes) > 1:
+                    folder = folder / f"{place:02d}"
+                current = self._stage(recipe, folder, current, resume, turn)
+            last = current
+            if entry.until and self._reached(entry.until, last):
+                break
+        return Path(last)
+
+    def _reached(self, condition: str, model: Any) -> bool:
+        """Whether a condition such as "task/exact_match >= 0.9" holds for a model, on the validation (else test) rows."""
+        match = re.fullmatch(r"\s*([\w./-]+)\s*(>=|<=|>|<)\s*([-+.\deE]+)\s*", condition)
+        if match is None:
+            raise RecipeError(f"The loop's 'until: {condition}' is not understood; write e.g. 'task/exact_match >= 0.9'.")
+        name, sign, bound = match[1], match[2], float(match[3])
+        found = {f"{m}/{k}": v for m, part in self._measured(model).items() for k, v in part["numbers"].items()}
+        if name not in found:
+            raise RecipeError(f"The loop's 'until' names '{name}', which no measure gives. There are: {', '.join(sorted(found))}.")
+        value = found[name]
+        return value is not None and {">=": value >= bound, "<=": value <= bound, ">": value > bound, "<": value < bound}[sign]
+
+    def _inner(self, recipe: Any) -> Run:
+        """A recipe run by a method inside this run."""
+        inner = _as_recipe(recipe)
+        return tune(inner, self.folder / "inner" / f"{seed_of(inner.to_yaml()):016x}", resume=True, quiet=True)
+
+    def _adopt(self, path: Path) -> None:
+        """The last stage's model is the run's."""
+        target, fresh = self.folder / "model", self.folder / ".adopting"
+        shutil.rmtree(fresh, ignore_errors=True)
+        shutil.copytree(path, fresh)
+        shutil.rmtree(target, ignore_errors=True)
+        fresh.rename(target)
+
+    # -- measuring -----------------------------------------------------------------------------------------------------
+    def _measure(self, when: str, model: Any, resume: bool) -> None:
+        path = self.folder / "measures.json"
+        known = json.loads(path.read_text()) if resume and path.exists() else dict(self.run.measures)
+        if when not in known and self.recipe.measure:
+            self.say(f"Measuring the model {when} tuning ...")
+            known[when] = self._measured(model, when)
+            checkpoint.replace_text(path, json.dumps(known, indent=1))
+        self.run.measures = known
+
+    def _measured(self, model: Any, when: str = "after") -> dict[str, Any]:
+        from luthier.core.models import load
+
+        family = model if hasattr(model, "network") else load(model)
+        if when == "after":
+            family = _decoded(self.recipe, family, self.models)
+        models = {"stage": self.models["base"], **self.models}
+        ctx = Context(family, self.recipe.train.seed, dict(self.streams), models, self.recipe.build_helpers(), self.folder, train_on=self.recipe.data.train_on, tell=self.say)
+        found: dict[str, Any] = {}
+        for choice in self.recipe.measure:
+            method = choice.build()
+            if family.kind not in method.families or (when == "before" and method.compares):
+                continue
+            with family.evaluating():
+                result = method.measure(family, self.streams.get("test"), ctx)
+            found[choice.method] = json.loads(json.dumps(vars(result), default=_jsonable))
+        return found
+
+    # -- telling -------------------------------------------------------------------------------------------------------
+    def _preflight(self, start: Any) -> None:
+        """Before training: one row as the model sees it, and what the run will cost."""
+        from luthier.core.preflight import before_training
+
+        for line in before_training(start, self.streams.get("train"), self.recipe):
+            self.say(line)
+
+    def _write_about(self, notices: list[str]) -> None:
+        import torch
+        import transformers
+
+        import luthier
+
+        for notice in notices:
+            self.say(notice)
+        (self.folder / "recipe.yaml").write_text(self.recipe.to_yaml(), encoding="utf-8")
+        about = {
+            "luthier": luthier.__version__, "torch": torch.__version__, "transformers": transformers.__version__, "python": platform.python_version(),
+            "threads": torch.get_num_threads(), "machine": platform.machine(), "seed": self.recipe.train.seed,
+            "data": {name: {"rows": len(rows), "fingerprint": rows.fingerprint, "source": rows.source, "aside": len(rows.aside)} for name, rows in self.streams.items()},
+        }  # fmt: skip
+        (self.folder / "about.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
+
+    def _report(self, seconds: float) -> None:
+        from luthier.report import plain_report
+
+        text, facts = plain_report(self.run, self.facts, seconds)
+        (self.folder / "report.txt").write_text(text, encoding="utf-8")
+        (self.folder / "report.json").write_text(json.dumps(facts, indent=1, default=_jsonable), encoding="utf-8")
+        self.say("\n" + text)
+
+
+def _decoded(recipe: Recipe, family: Any, models: Mapping[str, Any]) -> Any:
+    """The family with the recipe's decoder around it."""
+    if not recipe.decode:
+        return family
+    from luthier.core.models import load
+
+    others = dict(models) or {name: (lambda spec=spec: load(spec)) for name, spec in recipe.models.items()}
+    ctx = Context(family, recipe.train.seed, models=others)
+    return recipe.decode[0].build().wrap({"model": family}, ctx)
+
+
+def _search(recipe: Recipe, folder: Path, resume: bool, quiet: bool) -> Recipe:
+    """Let the recipe's search method choose values; every trial is a run below `trials`, never done twice."""
+    choice = recipe.search[0]
+    searcher = choice.build()
+    if not recipe.space:
+        raise RecipeError("A search needs `space:`, recipe keys with their choices, e.g. `space: {adapt.rank: [4, 16], optimize.lr: [1e-4, 1e-3]}`.")
+
+    def trial(point: Mapping[str, Any]) -> dict[str, float]:
+        candidate = recipe.without("search").with_values(point)
+        where = folder / "trials" / f"{seed_of(candidate.to_yaml()):016x}"
+        done = tune(candidate, where, resume=True, quiet=True)
+        facts = json.loads((where / "report.json").read_text())
+        return {k: v for k, v in {**done.numbers(), **facts.get("cost", {})}.items() if isinstance(v, (int, float))}
+
+    ctx = Context(None, recipe.train.seed, folder=folder)
+    found = searcher.search(recipe.space, trial, ctx)
+    if not found:
+        raise UserError("The search found nothing worth running.")
+    checkpoint.replace_text(folder / "search.json", json.dumps(found, indent=1, default=_jsonable))
+    point = {k: v for k, v in found[0].items() if k in recipe.space}
+    if not quiet:
+        print(f"The search chose {point}.")
+    return recipe.without("search").with_values(point)
+
+
+def _as_recipe(recipe: Any) -> Recipe:
+    if isinstance(recipe, Recipe):
+        return recipe
+    return Recipe.load(recipe) if isinstance(recipe, (str, Path)) else Recipe.from_dict(dict(recipe))
+
+
+def _folder(recipe: Recipe, run: str | Path | None, resume: bool) -> Path:
+    """The run's folder, made and writable. An existing run is neither overwritten nor continued by accident."""
+    chosen = run or recipe.run
+    folder = Path(chosen) if chosen else Path("runs") / f"{recipe.name or 'run'}-{time.strftime('%Y%m%d-%H%M%S')}"
+    if (folder / "recipe.yaml").exists() and not resume:
+        raise UserError(f"{folder} already holds a run. Continue it with --resume, or choose another folder with --run.")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".writable"
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise UserError(f"The run folder {folder} cannot be written to: {error.strerror or error}. Choose another with --run.") from error
+    return folder
+
+
+def _jsonable(value: Any) -> Any:
+    return value.tolist() if hasattr(value, "tolist") else str(value)
