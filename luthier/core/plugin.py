@@ -90,6 +90,8 @@ class Plugin:
     """What the context must supply: reference, embedder, generation, test, val, helpers by role ..."""
     families: ClassVar[frozenset[str]] = ANY_FAMILY
     parallel: ClassVar[frozenset[str]] = frozenset({"single", "ddp", "fsdp"})
+    toy: ClassVar[dict[str, Any]] = {}
+    """Field values at which the method runs in well under a second on a tiny model; for the conformance battery and the matrix."""
     columns: ClassVar[tuple[frozenset[str], ...]] = ()
     """Alternatives of columns a row must have, e.g. ({prompt, completion}, {messages}); empty: any row."""
 

@@ -168,7 +168,7 @@ def lora_delta(folder: str | Path, base: Any) -> TensorSource:
     files = open_checkpoint(folder / "adapter_model.safetensors")
     parts: dict[str, dict[str, str]] = {}
     for key in files.where:
-        target, role = _lora_part(key, base)
+        target, role = _lora_part(key)
         if target not in base:
             raise ModelError(f"The adapter {folder} changes '{target}', which the base model does not have.")
         parts.setdefault(target, {})[role] = key
@@ -179,11 +179,14 @@ def lora_delta(folder: str | Path, base: Any) -> TensorSource:
         found = parts.get(base.aliases.get(name, name)) or parts.get(name)
         if found is None:
             return torch.zeros(shape)
-        module = name.removesuffix(".weight").removesuffix(".bias")
-        change = files.read(found["whole"]).float() if "whole" in found else _product(found, files, config, module)
-        if tuple(change.shape) != tuple(shape):
-            raise ModelError(f"The adapter {folder} is made for a '{name}' of shape {list(change.shape)}; the base has {list(shape)}.")
-        return change - base[name].float() if "whole" in found else change
+        low = {role: key for role, key in found.items() if role != "whole"}
+        pieces = [_product(low, files, config, name.removesuffix(".weight").removesuffix(".bias"))] if low else []
+        pieces += [files.read(found["whole"]).float()] if "whole" in found else []
+        if any(tuple(piece.shape) != tuple(shape) for piece in pieces):
+            raise ModelError(f"The adapter {folder} is made for a '{name}' of shape {list(pieces[0].shape)}; the base has {list(shape)}.")
+        if "whole" in found:
+            pieces[-1] = pieces[-1] - base[name].float()
+        return sum(pieces[1:], pieces[0])
 
     def meta(name: str) -> Meta | None:
         found = base.meta(name)
@@ -206,9 +209,9 @@ def _lora_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _lora_part(key: str, base: TensorSource) -> tuple[str, str]:
+def _lora_part(key: str) -> tuple[str, str]:
     """Which base tensor an adapter tensor belongs to, and as what."""
-    name = key.removeprefix("base_model.model.")
+    name = key.removeprefix("base_model.model.").replace(".base_layer.", ".")
     for pattern, suffix, role in (
         (r"\.lora_([AB])\.weight$", ".weight", ""), (r"\.lora_embedding_([AB])$", ".weight", "embedding "), (r"\.lora_(B)\.bias$", ".bias", "bias "),
     ):  # fmt: skip

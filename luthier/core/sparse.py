@@ -28,47 +28,55 @@ CHUNK = 1 << 24
 class Cut:
     """The k largest scores of several tensors: all above a threshold, and of those equal to it as many as each tensor may keep."""
 
-    threshold: int | None
-    """As an order-preserving integer; None: everything passes."""
+    threshold: float
+    """-inf: everything passes; nan: nothing does."""
     equal: dict[str, int] = field(default_factory=dict)
     """How many scores equal to the threshold pass, where not all do."""
 
     def mask(self, name: str, scores: Tensor) -> Tensor:
         """Which entries of one tensor pass, in its shape."""
-        if self.threshold is None:
-            return torch.ones(scores.shape, dtype=torch.bool, device=scores.device)
-        keys = _keys(name, scores.reshape(-1))
-        passed = keys > self.threshold
-        same = keys == self.threshold
+        values = scores.detach().reshape(-1).float()
         if name in self.equal:
-            same &= same.cumsum(0) <= self.equal[name]
-        return (passed | same).reshape(scores.shape)
+            passed = values > self.threshold
+            passed[(values == self.threshold).nonzero()[: self.equal[name], 0]] = True
+        else:
+            passed = values >= self.threshold
+        return passed.reshape(scores.shape)
 
 
 def cut(scores: Mapping[str, Tensor], k: int) -> Cut:
     """Find the k largest of all scores (compared in fp32). Tensors are read one by one, three times at most; integer ones are left out."""
     if k <= 0:
-        return Cut(0x7FFFFFFF)  # above the key of infinity
+        return Cut(float("nan"))
     high = torch.zeros(1 << 16, dtype=torch.int64)
-    for _, keys in _chunks(scores):
-        high += torch.bincount((keys >> 16) + (1 << 15), minlength=1 << 16).cpu()
+    for name, values in _chunks(scores):
+        keys = (_keys(values) >> 16).add_(1 << 15)
+        counts = torch.bincount(keys, minlength=1 << 16).cpu()
+        # The bit patterns above infinity's (and below minus infinity's) are NaN.
+        if bool(counts[_TOP:].any() or counts[: _BOTTOM + 1].any()) and bool(values.isnan().any()):
+            raise ModelError(f"'{name}' holds NaN, so its entries cannot be ranked; the checkpoint is damaged or its training diverged.")
+        high += counts
     if k >= int(high.sum()):
-        return Cut(None)
+        return Cut(float("-inf"))
     upper, left = _bucket(high, k)
     low = torch.zeros(1 << 16, dtype=torch.int64)
-    for _, keys in _chunks(scores):
-        inside = keys[(keys >> 16) + (1 << 15) == upper]
-        low += torch.bincount(inside & 0xFFFF, minlength=1 << 16).cpu()
+    for _, values in _chunks(scores):
+        keys = _keys(values)
+        low += torch.bincount(keys[keys >> 16 == upper - (1 << 15)] & 0xFFFF, minlength=1 << 16).cpu()
     lower, left = _bucket(low, left)
-    threshold = ((upper - (1 << 15)) << 16) + lower
+    threshold = _value(((upper - (1 << 15)) << 16) + lower)
     if left == int(low[lower]):
         return Cut(threshold)
     equal: dict[str, int] = {}
-    for name, keys in _chunks(scores):
-        taken = min(left, int((keys == threshold).sum()))
+    for name, values in _chunks(scores):
+        taken = min(left, int((values == threshold).sum()))
         equal[name] = equal.get(name, 0) + taken
         left -= taken
     return Cut(threshold, equal)
+
+
+_TOP, _BOTTOM = 0xFF80, 0x80
+"""The buckets of plus and minus infinity."""
 
 
 def _bucket(counts: Tensor, k: int) -> tuple[int, int]:
@@ -85,16 +93,20 @@ def _chunks(scores: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
         if tensor.is_floating_point():
             flat = tensor.detach().reshape(-1)
             for start in range(0, flat.numel(), CHUNK):
-                yield name, _keys(name, flat[start : start + CHUNK])
+                yield name, flat[start : start + CHUNK].float().contiguous()
 
 
-def _keys(name: str, scores: Tensor) -> Tensor:
-    """fp32 bits as integers that sort like the numbers."""
-    values = scores.float() + 0.0  # -0.0 becomes 0.0
-    if bool(values.isnan().any()):
-        raise ModelError(f"'{name}' holds NaN, so its entries cannot be ranked; the checkpoint is damaged or its training diverged.")
-    bits = values.contiguous().view(torch.int32)
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+def _keys(values: Tensor) -> Tensor:
+    """fp32 bits as integers that sort like the numbers (both zeros are 0)."""
+    bits = values.view(torch.int32)
+    negative = bits < 0
+    return torch.where(negative, -(bits & 0x7FFFFFFF), bits) if bool(negative.any()) else bits
+
+
+def _value(key: int) -> float:
+    """The number whose key this is."""
+    value = torch.tensor(abs(key), dtype=torch.int32).view(torch.float32)
+    return float(-value if key < 0 else value)
 
 
 def count_of(k: int | float, n: int) -> int:

@@ -8,13 +8,12 @@ Per-entry age: an entry that joins at step 300 must not be bias corrected as if 
 stores an `age` beside Adam's moments (how many updates they hold) and `correct`, called after every optimizer step, replaces the
 change of the entries whose age differs from Adam's own count by the change that Adam with their age would have made.
 `age` lives in the optimizer's state, hence in its checkpoints.
-
-`UpdateFilter` keeps chosen entries of a parameter out of every update (momentum and weight decay included).
+(Entries that must not move at all: `core.sparse.UpdateFilter`.)
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -128,41 +127,3 @@ def adam_change(m: Tensor, v: Tensor, age: Tensor, lr: float, betas: tuple[float
     -lr * m / (1 - beta1^age) / (sqrt(v / (1 - beta2^age)) + eps)."""
     one, two = 1 - betas[0] ** age, 1 - betas[1] ** age
     return -lr * (m / one) / ((v / two).sqrt() + eps)
-
-
-class UpdateFilter:
-    """Entries of parameters that no update may move: the finished update is multiplied by a mask, w <- w_old + M (w_new - w_old).
-
-    Masking gradients alone is not enough: momentum, moments and weight decay would still move masked entries. `masks` maps a
-    parameter to a bool tensor of its shape or one that broadcasts to it (True: may move); it may be changed between steps."""
-
-    def __init__(self, masks: Mapping[nn.Parameter, Tensor]) -> None:
-        self.masks = dict(masks)
-        self._kept: dict[nn.Parameter, Tensor] = {}
-        self._handles: list[Any] = []
-
-    def install(self, optimizer: torch.optim.Optimizer) -> UpdateFilter:
-        """Act on every step of this optimizer until `remove`."""
-        optimizer = getattr(optimizer, "optimizer", optimizer)
-        self._handles += [
-            optimizer.register_step_pre_hook(lambda *_: self.before()),
-            optimizer.register_step_post_hook(lambda *_: self.after()),
-        ]
-        return self
-
-    def remove(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-
-    @torch.no_grad()
-    def before(self) -> None:
-        """Remember the entries that must not move."""
-        self._kept = {p: p.detach().clone() for p, mask in self.masks.items() if not bool(mask.all())}
-
-    @torch.no_grad()
-    def after(self) -> None:
-        """Put them back, bit for bit."""
-        for param, old in self._kept.items():
-            param.copy_(torch.where(self.masks[param].to(param.device), param, old))
-        self._kept.clear()

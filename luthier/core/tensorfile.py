@@ -94,7 +94,7 @@ def _indexed(index: Path) -> dict[str, Path]:
     """Where an index puts each tensor. The index is untrusted: only plain file names next to it are followed."""
     try:
         where = json.loads(index.read_text(encoding="utf-8"))["weight_map"].items()
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"{index} is not a safetensors index: {error}.") from error
     for name, file in where:
         if not isinstance(file, str) or Path(file).name != file or not (index.parent / file).is_file():

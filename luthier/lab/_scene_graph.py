@@ -32,7 +32,7 @@ def draw_scene(rng: np.random.Generator, objects: int = 1, pairs: list | None = 
             pass
         taken.add(pair)
         found.append({"shape": pair[0], "color": pair[1], "texture": pick(rng, TEXTURES), "size": size,
-                      "border": bool(rng.random() < 0.15), "x": x, "y": y, "radius": radius})  # fmt: skip
+                      "border": bool(rng.random() < 0.15) and radius >= 5, "x": x, "y": y, "radius": radius})  # fmt: skip
     return {"background": pick(rng, BACKGROUNDS), "objects": found}
 
 

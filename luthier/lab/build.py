@@ -65,7 +65,7 @@ def builds() -> dict[str, Build]:
     return {
         "lm-s": Build(Plan(14_000_000), 1, run_text(MIXTURE_A), abilities.text_abilities),
         "lm-s.b": Build(Plan(14_000_000), 2, run_text(MIXTURE_A), abilities.text_abilities),
-        "lm-m": Build(Plan(16_000_000, rate=2e-3), 3, run_text(with_values(MIXTURE_A)), lambda m: abilities.text_abilities(m, filler=True)),
+        "lm-m": Build(Plan(16_000_000, rate=1.5e-3), 3, run_text(with_values(MIXTURE_A)), lambda m: abilities.text_abilities(m, filler=True)),
     }
 
 

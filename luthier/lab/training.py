@@ -22,7 +22,7 @@ class Plan:
     """How long and how fast a build learns; `units` are tokens, or images for a vision model."""
 
     units: int
-    rate: float = 3e-3
+    rate: float = 2e-3
     final_rate: float = 1e-4
     warmup: int = 50
     decay: float = 0.3
@@ -105,7 +105,7 @@ def resume(path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer,
         print(f"{path.parent.name}: goes on at {state.units / 1e6:.2f} M units", flush=True)
 
 
-def text_chunks(mixture: list | Callable[[int], list], seed: int, rows: int = 20_000, tokens: int = 2048) -> Callable:
+def text_chunks(mixture: list | Callable[[int], list], seed: int, rows: int = 20_000, tokens: int = 1024) -> Callable:
     """Chunk i is a pure function of (seed, i): rows of the mixture in batches of like length."""
 
     def chunk(i: int) -> Iterator[tuple[Batch, int]]:

@@ -142,7 +142,7 @@ def preference(
     ref_logp: Tensor | None = None,
     target: Tensor | float | None = None,
     link: Link = "sigmoid",
-    beta: float = 0.1,
+    beta: float | Tensor = 0.1,
     weight: Tensor | None = None,
     margin: float = 0.0,
 ) -> Tensor:
@@ -179,7 +179,7 @@ def _first_better(target: Tensor | float | None, u: Tensor) -> Tensor:
     return q[..., 0].expand(u.shape[0]) if q.ndim == u.ndim and q.shape[-1] == 2 else q.expand(u.shape[0])
 
 
-def _pairwise(u: Tensor, q: Tensor, link: str, beta: float, margin: float) -> Tensor:
+def _pairwise(u: Tensor, q: Tensor, link: str, beta: float | Tensor, margin: float) -> Tensor:
     h, r = u[:, 0] - u[:, 1], beta * u
     win, lose = F.logsigmoid(beta * h - margin), F.logsigmoid(margin - beta * h)
     if link == "sigmoid":
@@ -328,9 +328,9 @@ class AnchorScheduler:
         self.shadow: list[Tensor] = []
 
     def start(self, params: SequenceOf[torch.nn.Parameter]) -> None:
-        """Remember the parameters as they are, once."""
-        if self.kind != "fixed" and not self.shadow:
-            self.shadow = [p.detach().clone() for p in params]
+        """Remember the parameters as they are, once; what a checkpoint gave back moves to their devices."""
+        if self.kind != "fixed":
+            self.shadow = [m.to(p.device) for m, p in zip(self.shadow, params)] or [p.detach().clone() for p in params]
 
     @torch.no_grad()
     def update(self, params: SequenceOf[torch.nn.Parameter], step: int) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -75,11 +77,21 @@ class MaskedThought(Supervised):
             raise RecipeError("mask_token is empty; name a token such as '<mask>'.")
 
     def attach(self, model: Family, ctx: Context) -> None:
-        if self.mode == "mask":
-            mask_id = add_mask_token(model, self.mask_token)
-            generation = getattr(model.base_network, "generation_config", None)
-            if generation is not None:
-                generation.suppress_tokens = sorted({*(generation.suppress_tokens or []), mask_id})
+        if self.mode != "mask":
+            return
+        _ban(model, add_mask_token(model, self.mask_token))
+        for name, held in list(ctx.models.items()):  # references read the corrupted inputs too
+            ctx.models[name] = self._extended(held, model) if hasattr(held, "network") else partial(self._loaded, held, model)
+
+    def _loaded(self, loader: Callable[[], Family], model: Family) -> Family:
+        return self._extended(loader(), model)
+
+    def _extended(self, frozen: Family, model: Family) -> Family:
+        """A frozen model of the same tokenizer learns the token as well; any other one stays as it is."""
+        names = [set(f.processor.get_vocab()) - {self.mask_token} if hasattr(f.processor, "get_vocab") else None for f in (frozen, model)]
+        if names[0] is not None and names[0] == names[1]:
+            add_mask_token(frozen, self.mask_token)
+        return frozen
 
     def prepare(self, batch: Batch, ctx: Context | None) -> Batch:
         """The batch with corrupted copies of its sequences. Without a context: the full rate, torch's own random numbers."""
@@ -115,44 +127,41 @@ class MaskedThought(Supervised):
 
 def vocabulary_of(family: Any, batch: Batch) -> int:
     """How many ids are real: the tokenizer's, not the padded rows of the embedding."""
-    processor = getattr(family, "processor", None)
-    if processor is not None and hasattr(processor, "__len__"):
-        return len(processor)
-    config = getattr(family, "config", None)
-    if getattr(config, "vocab_size", None):
-        return int(config.vocab_size)
-    return 1 + max((int(s.ids.max()) for s in batch.sequences if len(s)), default=0)
+    processor, config = getattr(family, "processor", None), getattr(family, "config", None)
+    known = [len(processor)] if hasattr(processor, "__len__") else []
+    known += [int(config.vocab_size)] if getattr(config, "vocab_size", None) else []
+    return min(known) if known else 1 + max((int(s.ids.max()) for s in batch.sequences if len(s)), default=0)
 
 
 def add_mask_token(family: Family, token: str) -> int:
-    """The id of `token`, which is added to tokenizer and network if it is new, at the mean embedding.
+    """The id of `token`, which is added to tokenizer and network where it is new, at the mean embedding.
 
     The weights grow in place: the parameters stay the same objects, so groups that already name them still train them."""
-    tokenizer = family.processor
-    known = tokenizer.get_vocab()
-    if token in known:
-        return int(known[token])
-    tokenizer.add_special_tokens({"additional_special_tokens": [token]}, replace_extra_special_tokens=False)
-    index = int(tokenizer.convert_tokens_to_ids(token))
-    network = family.base_network
+    tokenizer, network = family.processor, family.base_network
     into, out = network.get_input_embeddings(), network.get_output_embeddings()
+    new = token not in tokenizer.get_vocab()
+    if new:
+        tokenizer.add_special_tokens({"additional_special_tokens": [token]}, replace_extra_special_tokens=False)
+    index = int(tokenizer.convert_tokens_to_ids(token))
+    if not new and index < into.weight.shape[0]:
+        return index
     for module in (into, out):
         if type(module) not in (torch.nn.Embedding, torch.nn.Linear):
             raise ModelError("An adapter sits on the embedding or output head, so no mask token can be added; use mode 'random'.")
-    real = index
     seen: set[int] = set()
-    for module in (into, out):
-        if id(module.weight) not in seen:
-            seen.add(id(module.weight))
-            _grow(module.weight, real)
-        if getattr(module, "bias", None) is not None:
-            _grow(module.bias, real)
-    rows = into.weight.shape[0]
-    into.num_embeddings, out.out_features = rows, rows
-    network.config.get_text_config().vocab_size = rows
-    if hasattr(network, "vocab_size"):
-        network.vocab_size = rows
+    for weight in (into.weight, out.weight, getattr(out, "bias", None)):
+        if weight is not None and id(weight) not in seen:
+            seen.add(id(weight))
+            _grow(weight, index)
+    into.num_embeddings = out.out_features = network.config.get_text_config().vocab_size = into.weight.shape[0]
     return index
+
+
+def _ban(family: Family, index: int) -> None:
+    """The token is never generated, here or by whoever loads the saved model."""
+    generation = getattr(family.base_network, "generation_config", None)
+    if generation is not None:
+        generation.suppress_tokens = sorted({*(generation.suppress_tokens or []), index})
 
 
 @torch.no_grad()

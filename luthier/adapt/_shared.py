@@ -1,0 +1,334 @@
+"""What adapters share: the shell around peft's tuners, calibration rows, and the export of weights that changed their base."""
+
+from __future__ import annotations
+
+import copy
+import math
+import typing
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from luthier.adapt import Adapter
+from luthier.core.collect import linear_layers
+from luthier.core.plugin import Group, Parts
+from luthier.errors import ModelError, RecipeError
+
+if TYPE_CHECKING:
+    from luthier.core.context import Context
+    from luthier.core.families import Family
+
+ALL_LINEAR = "all-linear"
+
+
+# rows -------------------------------------------------------------------------------------------------------------------
+def calibration_rows(ctx: Context | None, number: int, name: str) -> list[Mapping[str, Any]]:
+    """`number` rows of the stream `calibration`, or of the training rows where there is none; drawn without replacement."""
+    stream = "calibration" if ctx is not None and ctx.has_rows("calibration") else "train"
+    if ctx is None or not ctx.has_rows(stream):
+        raise RecipeError(f"'{name}' looks at a few rows before training; add `data: {{calibration: FILE}}` or training rows.")
+    rows = ctx.rows(stream)
+    order = ctx.numpy(f"calibration/{name}").permutation(len(rows))[:number]
+    return [rows[int(i)] for i in sorted(order)]
+
+
+# checks -----------------------------------------------------------------------------------------------------------------
+def validate(method: Any, positive: Iterable[str] = (), shares: Iterable[str] = ()) -> None:
+    """Refuse a value outside its Literal, numbers of `positive` that are not above 0, and `shares` outside [0, 1)."""
+    hints = typing.get_type_hints(type(method))
+    for one in fields(method):
+        value, hint = getattr(method, one.name), hints[one.name]
+        choices = [c for part in (hint, *typing.get_args(hint)) if typing.get_origin(part) is Literal for c in typing.get_args(part)]
+        if choices and value is not None and value not in choices:
+            raise RecipeError(f"'{one.name}' is {value!r}; it must be one of {', '.join(map(str, choices))}.")
+    for name in positive:
+        if getattr(method, name) is not None and not getattr(method, name) > 0:
+            raise RecipeError(f"'{name}' is {getattr(method, name)!r}; it must be above 0.")
+    for name in shares:
+        if not 0 <= getattr(method, name) < 1:
+            raise RecipeError(f"'{name}' is {getattr(method, name)!r}; it must be at least 0 and below 1.")
+
+
+# networks ---------------------------------------------------------------------------------------------------------------
+def heads(network: nn.Module) -> list[str]:
+    """Names of a classifier's own top modules (what is not its backbone), which are new and train whole."""
+    backbone = getattr(network, "base_model", network)
+    if backbone is network or not hasattr(network, "get_output_embeddings") or network.get_output_embeddings() is not None:
+        return []
+    if not any(word in type(network).__name__ for word in ("Classification", "Regression", "QuestionAnswering")):
+        return []
+    return [n for n, child in network.named_children() if child is not backbone and any(True for _ in child.parameters())]
+
+
+def divisor(network: nn.Module, names: Iterable[str] | str, wanted: int, sides: Literal["in", "out", "both"] = "both") -> int:
+    """The largest block size up to `wanted` that divides the targeted layers' sides."""
+    layers = linear_layers(network, head=True)
+    chosen = layers if names == ALL_LINEAR else {n: m for n, m in layers.items() if any(n == t or n.endswith(f".{t}") for t in names)}
+    both = [side_sizes(m) for m in chosen.values()]
+    common = math.gcd(*[s for out, into in both for s in ((into,) if sides == "in" else (out,) if sides == "out" else (out, into))])
+    return max(d for d in range(1, max(1, min(wanted, common)) + 1) if common % d == 0)
+
+
+def side_sizes(layer: nn.Module) -> tuple[int, int]:
+    """(outputs, inputs) of a linear layer or a Conv1D, whose weight is transposed."""
+    rows, columns = layer.weight.shape  # type: ignore[union-attr,misc]
+    return (rows, columns) if isinstance(layer, nn.Linear) else (columns, rows)
+
+
+def unwrapped(model: Family, name: str) -> bool:
+    """Merge the peft adapter that an earlier stage left on the network for good; says whether there was one."""
+    if not hasattr(model.network, "peft_config"):
+        return False
+    if not hasattr(model.network, "merge_and_unload"):
+        raise ModelError(f"The network carries prompt vectors of an earlier stage, which cannot be merged into it; '{name}' needs a plain network.")
+    model.network = model.network.merge_and_unload()
+    return True
+
+
+# the shell around peft --------------------------------------------------------------------------------------------------
+@dataclass
+class PeftAdapter(Adapter):
+    """A tuner of peft. A subclass gives `config`; the rest (wrapping, groups, switching off, export) is the same for all."""
+
+    role: ClassVar[str] = "adapter"
+    switchable = True
+    positive: ClassVar[tuple[str, ...]] = ()
+    """Fields that must be above 0."""
+    shares: ClassVar[tuple[str, ...]] = ()
+    """Fields that must lie in [0, 1)."""
+
+    def __post_init__(self) -> None:
+        validate(self, self.positive, self.shares)
+
+    def check(self, recipe: Any) -> str | None:
+        """peft carries one tuner at a time here."""
+        chosen = [c.method for c in getattr(recipe, "adapt", []) or [] if getattr(c, "method", None) is not None]
+        others = [c for c in chosen if c != self.name and _is_peft(c)]
+        return f"'{self.name}' and '{others[0]}' are both peft tuners and cannot share a stage; use two stages." if others else None
+
+    def config(self, model: Family, ctx: Context | None = None) -> Any:
+        """The peft configuration."""
+        raise NotImplementedError
+
+    def before(self, model: Family, config: Any, ctx: Context | None) -> None:
+        """Look at rows, leave marks that peft's initialisation reads."""
+
+    def after(self, model: Family, ctx: Context | None) -> None:
+        """Overwrite or remember what peft initialised."""
+
+    def task(self, model: Family) -> str | None:
+        """peft's name of the task, which decides the class of the shell."""
+        return "CAUSAL_LM" if model.kind == "causal-lm" else None
+
+    def attach(self, model: Family, ctx: Context | None = None) -> Parts:
+        from peft import get_peft_model
+
+        self._rebased = unwrapped(model, self.name)
+        model.network.requires_grad_(False)
+        config = self.config(model, ctx)
+        self.before(model, config, ctx)
+        try:
+            wrapped = get_peft_model(model.network, config)
+        except (ValueError, TypeError, NotImplementedError) as error:
+            raise ModelError(f"peft cannot put '{self.name}' on {type(model.network).__name__}: {error}") from error
+        if not config.base_model_name_or_path:
+            config.base_model_name_or_path = model.source or None
+        model.network = wrapped
+        self.after(model, ctx)
+        return Parts(self.groups(model))
+
+    def groups(self, model: Family) -> list[Group]:
+        """What trains: the adapter's own parameters, and heads that train whole."""
+        mine, whole = {}, {}
+        for name, param in model.network.named_parameters():
+            if param.requires_grad:
+                (whole if "modules_to_save" in name else mine)[name] = param
+        return [g for g in (Group(self.role, mine), Group("head", whole)) if g.params]
+
+    @contextmanager
+    def disabled(self, model: Family) -> Iterator[Family]:
+        # peft sets requires_grad of the whole adapter when it switches it on again; what was frozen stays frozen.
+        flags = [(p, p.requires_grad) for p in model.network.parameters()]
+        try:
+            with model.network.disable_adapter():
+                yield model
+        finally:
+            for param, flag in flags:
+                param.requires_grad_(flag)
+
+    def export(self, model: Family, directory: Path) -> None:
+        """An adapter folder that plain peft loads onto the base model; the whole network if this stage's base is not the base."""
+        from luthier.core.models import save_network
+
+        if getattr(self, "_rebased", False):
+            save_network(merged(model), directory)
+            return
+        self.save(model, Path(directory))
+        if hasattr(model.processor, "save_pretrained"):
+            model.processor.save_pretrained(directory)
+
+    def save(self, model: Family, directory: Path) -> None:
+        model.network.save_pretrained(directory, save_embedding_layers=False)
+
+
+def _is_peft(name: str) -> bool:
+    from luthier.catalog import find
+
+    return ".py" not in name and str(find("adapt", name).wraps or "").startswith("peft.")
+
+
+def merged(model: Family) -> Family:
+    """The same model with its adapter merged into a copy of the network."""
+    plain = copy.copy(model)
+    if not hasattr(model.network, "merge_and_unload"):
+        raise ModelError("This adapter cannot be merged into the network's weights.")
+    plain.network = copy.deepcopy(model.network).merge_and_unload()
+    return plain
+
+
+@dataclass
+class Targeted(PeftAdapter):
+    """A tuner that changes some of the network's layers."""
+
+    targets: list[str] = field(default_factory=lambda: [ALL_LINEAR])
+    """Layers by the end of their name (`q_proj`), or `all-linear`: every linear layer but the head."""
+    train_also: list[str] = field(default_factory=list)
+    """Modules that train whole besides, by the end of their name. A classifier's head always does."""
+
+    def common(self, model: Family) -> dict[str, Any]:
+        """The arguments that all these configurations take."""
+        return {"task_type": self.task(model), "target_modules": self.layers(model), "modules_to_save": self.whole(model) or None}
+
+    def whole(self, model: Family) -> list[str]:
+        return [*self.train_also, *(h for h in heads(model.network) if h not in self.train_also)]
+
+    def layers(self, model: Family) -> list[str]:
+        """The targets, by name."""
+        if self.targets != [ALL_LINEAR]:
+            return list(self.targets)
+        skip = tuple(self.whole(model))
+        return [n for n in linear_layers(model.network) if not any(n == s or n.startswith(f"{s}.") or n.endswith(f".{s}") for s in skip)]
+
+    def block(self, model: Family, wanted: int, sides: Literal["in", "out", "both"] = "both") -> int:
+        """The largest block size up to `wanted` that fits every target."""
+        return divisor(model.network, self.layers(model), wanted, sides)
+
+
+@dataclass
+class LoraLike(Targeted):
+    """LoRA and its initialisations: W x + (alpha / rank) B A x with A [rank, in], B [out, rank]."""
+
+    rank: int = 16
+    """Rank of the update."""
+    alpha: float = 32.0
+    """The update is scaled by alpha / rank."""
+    dropout: float = 0.0
+    """Dropout on the update's input."""
+
+    positive = ("rank", "alpha")
+    shares = ("dropout",)
+
+    def lora(self, model: Family, **more: Any) -> Any:
+        """peft's LoraConfig with this method's settings."""
+        from peft import LoraConfig
+
+        return LoraConfig(**{"r": self.rank, "lora_alpha": self.alpha, "lora_dropout": self.dropout, **more, **self.common(model)})
+
+    def config(self, model: Family, ctx: Context | None = None) -> Any:
+        return self.lora(model)
+
+
+@dataclass
+class MovedBase(LoraLike):
+    """Initialisations that take what the adapter starts with out of the base: W = W_residual + s B0 A0.
+
+    The trained adapter belongs to W_residual, so it is not switchable, and it is exported as a plain LoRA of twice the rank on the
+    original W: s (B A - B0 A0) = s [B, -B0] [A; A0]."""
+
+    alpha: float | None = None
+    """The adapter's product is scaled by alpha / rank; default: alpha = rank, no scaling."""
+
+    positive = ("rank", "alpha")
+    switchable = False
+
+    def lora(self, model: Family, **more: Any) -> Any:
+        return super().lora(model, **{"lora_alpha": self.rank if self.alpha is None else self.alpha, **more})
+
+    def after(self, model: Family, ctx: Context | None) -> None:
+        self._initial = {n: t.detach().clone() for n, t in adapter_state(model.network).items() if _is_factor(n)}
+
+    def save(self, model: Family, directory: Path) -> None:
+        from safetensors.torch import save_file
+
+        directory.mkdir(parents=True, exist_ok=True)
+        tensors = plain_lora(adapter_state(model.network), self._initial)
+        save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, directory / "adapter_model.safetensors", {"format": "pt"})
+        config = copy.deepcopy(model.network.peft_config["default"])
+        growth = math.sqrt(2) if config.use_rslora else 2
+        config.r, config.lora_alpha = 2 * config.r, growth * config.lora_alpha
+        config.init_lora_weights, config.inference_mode = True, True
+        config.corda_config = config.lora_ga_config = None
+        config.save_pretrained(directory)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"initial": dict(self._initial)} if hasattr(self, "_initial") else {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """The residual was made anew by `attach`; it is refused if that did not give the very same start."""
+        saved = state.get("initial", {})
+        if any(not torch.equal(t.cpu(), saved[n].cpu()) for n, t in self._initial.items() if n in saved) or set(saved) != set(self._initial):
+            raise ModelError(
+                f"'{self.name}' split the weights differently than when the run began, so it cannot be continued exactly; "
+                "restore the calibration rows, thread count and library versions, or start a new run."
+            )
+
+
+def adapter_state(network: nn.Module) -> dict[str, Tensor]:
+    """The adapter's tensors under the names of a saved adapter."""
+    from peft import get_peft_model_state_dict
+
+    return get_peft_model_state_dict(network, save_embedding_layers=False)
+
+
+def _is_factor(name: str) -> bool:
+    return "lora_A" in name or "lora_B" in name
+
+
+def plain_lora(now: Mapping[str, Tensor], initial: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A trained adapter and the one it started from -> the plain LoRA of their difference: A' = [A; A0], B' = [B, -B0]."""
+    made = {}
+    for name, tensor in now.items():
+        if "lora_A" in name:
+            tensor = torch.cat([tensor, initial[name].to(tensor)], 0)
+        elif "lora_B" in name:
+            tensor = torch.cat([tensor, -initial[name].to(tensor)], 1)
+        made[name] = tensor
+    return made
+
+
+@dataclass
+class Prompted(PeftAdapter):
+    """Learned vectors before the input; the network itself is not touched."""
+
+    tokens: int = 20
+    """How many vectors."""
+
+    role: ClassVar[str] = "prompt"
+    families = frozenset({"causal-lm"})
+    positive = ("tokens",)
+
+    def task(self, model: Family) -> str | None:
+        return "CAUSAL_LM"
+
+
+def text_ids(model: Family, text: str, length: int) -> Tensor:
+    """The token ids of a text, repeated or cut to `length`."""
+    ids = model.processor(text, add_special_tokens=False)["input_ids"]
+    if not ids:
+        raise RecipeError(f"The text {text!r} has no tokens to start the prompt from.")
+    return torch.tensor((ids * math.ceil(length / len(ids)))[:length])
