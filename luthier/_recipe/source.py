@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,7 @@ class _Reader:
                 continue
             if not isinstance(key_node, yaml.ScalarNode):
                 raise RecipeError(f"{line}: a key must be a plain word.")
-            key = self.value(key_node, (*place, "<key>"), above)
+            key = self.loader.construct_object(key_node)
             if key in made:
                 raise RecipeError(f"{line}: the key '{key}' is given twice; the first is at {self.marks[(*place, key)]}.")
             self.marks[(*place, key)] = line
@@ -83,8 +84,9 @@ class _Reader:
 
 def parse(text: str, name: str) -> tuple[Any, Marks]:
     """The value of a YAML text and where each part of it stands."""
-    loader = _Loader(text)
+    loader = None
     try:
+        loader = _Loader(text)
         node = loader.get_single_node()
         if node is None:
             return {}, {}
@@ -95,9 +97,11 @@ def parse(text: str, name: str) -> tuple[Any, Marks]:
         line = f":{mark.line + 1}" if mark else ""
         raise RecipeError(f"{name}{line}: this is no valid YAML: {error.problem or error.context}.") from error
     except (yaml.YAMLError, RecursionError) as error:
-        raise RecipeError(f"{name}: this is no valid YAML: {error}.") from error
+        reason = getattr(error, "reason", None) or str(error).splitlines()[0]
+        raise RecipeError(f"{name}: this is no valid YAML: {reason}.") from error
     finally:
-        loader.dispose()
+        if loader is not None:
+            loader.dispose()
 
 
 def read(path: Path, name: str) -> tuple[Any, Marks]:
@@ -131,79 +135,58 @@ def _typed(key: str, text: str) -> Any:
 
 
 def put(raw: dict[str, Any], marks: Marks, key: str, value: Any, mark: str, defaults: Mapping[str, Any]) -> None:
-    """Set one value by its dotted key, in place. What stood there as a bare name becomes a mapping where the key goes deeper."""
-    parts = key.split(".")
-    here: Any = raw
-    place: Place = ()
-    for depth, part in enumerate(parts[:-1]):
-        here, place = _enter(here, place, part, parts[depth + 1], key, defaults)
-    last: str | int = parts[-1]
-    if isinstance(here, list):
-        last = _index(here, parts[-1], key)
-    elif last == "method" and here.get("method", value) != value:
+    """Set one value by its dotted key, in place. What stood there as a bare name becomes a mapping where the key goes deeper.
+
+    An axis with one entry needs no number; with several the key names one by number or method: objective.sft.weight."""
+    here, place, last = _way(raw, key.split("."), key, defaults)
+    if last == "method" and isinstance(here, dict) and here.get("method", value) != value:
         # Another method: the fields of the former one mean nothing to it.
-        kept = {k: v for k, v in here.items() if k in RESERVED.get(_axis_of(place), ())}
-        here.clear()
-        here.update(kept)
+        axis = next((p for p in reversed(place) if p in AXES), "")
+        for name in [k for k in here if k not in RESERVED.get(str(axis), ())]:
+            del here[name]
     here[last] = value
     for known in [m for m in marks if m[: len(place) + 1] == (*place, last)]:
         del marks[known]
     marks[(*place, last)] = mark
 
 
-def _enter(here: Any, place: Place, part: str, following: str, key: str, defaults: Mapping[str, Any]) -> tuple[Any, Place]:
-    if isinstance(here, list):
-        step: str | int = _index(here, part, key)
-        child = here[step]
-    else:
-        step, child = part, here.get(part)
-        if child is None and part in AXES and len(place) == 0:
-            child = defaults.get(part)
-    if isinstance(child, list) and step in AXES:
-        return _entry(child, (*place, step), following, key)
-    if not isinstance(child, (dict, list)):
-        child = _opened(child, step)
-        here[step] = child
-    return child, (*place, step)
+def _way(here: Any, parts: list[str], key: str, defaults: Mapping[str, Any]) -> tuple[Any, Place, str | int]:
+    """The list or mapping that holds a key's last part, its place, and that part."""
+    place: Place = ()
+    i = 0
+    while i < len(parts) - 1:
+        step: str | int = _index(here, parts[i], key) if isinstance(here, list) else parts[i]
+        child = here[step] if isinstance(here, list) else here.get(step)
+        if child is None and not place:
+            child = copy.deepcopy(defaults.get(parts[i]))
+        if isinstance(child, list) and step in AXES:
+            found, named = _which(child, parts[i + 1], key)
+            here[step] = child
+            here, place, step = child, (*place, step), found
+            if named and i + 2 == len(parts):
+                return here, place, step
+            child, i = child[found], i + named
+        if not isinstance(child, (dict, list)):
+            # A bare value becomes the mapping it stands for.
+            child = {} if child is None else {{"data": "train", "model": "id"}.get(str(step), "method"): child}
+            here[step] = child
+        here, place, i = child, (*place, step), i + 1
+    return here, place, _index(here, parts[-1], key) if isinstance(here, list) else parts[-1]
 
 
-def _opened(value: Any, step: str | int) -> dict[str, Any]:
-    """A bare value as the mapping it stands for."""
-    if value is None:
-        return {}
-    return {{"data": "train", "model": "id"}.get(str(step), "method"): value}
-
-
-def _entry(entries: list[Any], place: Place, following: str, key: str) -> tuple[Any, Place]:
-    """An axis with several entries: the next part of the key names one by number or method; a single entry needs no name."""
+def _which(entries: list[Any], part: str, key: str) -> tuple[int, bool]:
+    """Which entry of an axis a key means, and whether the part was used up to say so."""
     names = [e.get("method") if isinstance(e, dict) else e for e in entries]
-    if following.isdigit() or following in names or len(entries) != 1:
-        found = names.index(following) if following in names else _index(entries, following, key)
-    else:
-        found = 0
-    if not isinstance(entries[found], dict):
-        entries[found] = {"method": entries[found]}
-    if following.isdigit() or following in names:
-        return _Selected(entries, found, following), place
-    return entries[found], (*place, found)
-
-
-class _Selected(dict[str, Any]):
-    """A view that leads on from an axis by the number or name of one of its entries."""
-
-    def __init__(self, entries: list[Any], found: int, name: str) -> None:
-        super().__init__({name: entries[found]})
-
-
-def _axis_of(place: Place) -> str:
-    names = [p for p in place if p in AXES]
-    return str(names[-1]) if names else ""
+    if names.count(part) == 1:
+        return names.index(part), True
+    if part.isdigit():
+        return _index(entries, part, key), True
+    if len(entries) != 1:
+        raise RecipeError(f"{key}: this axis has {len(entries)} entries; name one by its number or method, e.g. {key.split('.')[0]}.0.")
+    return 0, False
 
 
 def _index(items: list[Any], part: str, key: str) -> int:
     if not part.isdigit() or int(part) >= len(items):
         raise RecipeError(f"{key}: '{part}' is no entry of a list of {len(items)}; the first is 0.")
     return int(part)
-
-
-Setter = Callable[[dict[str, Any]], None]

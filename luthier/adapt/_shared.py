@@ -65,19 +65,16 @@ def heads(network: nn.Module) -> list[str]:
     return [n for n, child in network.named_children() if child is not backbone and any(True for _ in child.parameters())]
 
 
-def divisor(network: nn.Module, names: Iterable[str] | str, wanted: int, sides: Literal["in", "out", "both"] = "both") -> int:
-    """The largest block size up to `wanted` that divides the targeted layers' sides."""
-    layers = linear_layers(network, head=True)
-    chosen = layers if names == ALL_LINEAR else {n: m for n, m in layers.items() if any(n == t or n.endswith(f".{t}") for t in names)}
-    both = [side_sizes(m) for m in chosen.values()]
-    common = math.gcd(*[s for out, into in both for s in ((into,) if sides == "in" else (out,) if sides == "out" else (out, into))])
-    return max(d for d in range(1, max(1, min(wanted, common)) + 1) if common % d == 0)
-
-
 def side_sizes(layer: nn.Module) -> tuple[int, int]:
     """(outputs, inputs) of a linear layer or a Conv1D, whose weight is transposed."""
     rows, columns = layer.weight.shape  # type: ignore[union-attr,misc]
     return (rows, columns) if isinstance(layer, nn.Linear) else (columns, rows)
+
+
+def divisor(sides: Iterable[int], wanted: int) -> int:
+    """The largest number up to `wanted` that divides all sides."""
+    common = math.gcd(*sides)
+    return max((d for d in range(1, min(wanted, common) + 1) if common % d == 0), default=1)
 
 
 def unwrapped(model: Family, name: str) -> bool:
@@ -107,9 +104,8 @@ class PeftAdapter(Adapter):
 
     def check(self, recipe: Any) -> str | None:
         """peft carries one tuner at a time here."""
-        chosen = [c.method for c in getattr(recipe, "adapt", []) or [] if getattr(c, "method", None) is not None]
-        others = [c for c in chosen if c != self.name and _is_peft(c)]
-        return f"'{self.name}' and '{others[0]}' are both peft tuners and cannot share a stage; use two stages." if others else None
+        tuners = [c.method for c in getattr(recipe, "adapt", None) or [] if _is_peft(str(getattr(c, "method", "")))]
+        return f"'{tuners[0]}' and '{tuners[1]}' are both peft tuners and cannot share a stage; use two stages." if len(tuners) > 1 else None
 
     def config(self, model: Family, ctx: Context | None = None) -> Any:
         """The peft configuration."""
@@ -177,9 +173,9 @@ class PeftAdapter(Adapter):
 
 
 def _is_peft(name: str) -> bool:
-    from luthier.catalog import find
+    from luthier.catalog import entries
 
-    return ".py" not in name and str(find("adapt", name).wraps or "").startswith("peft.")
+    return any(e.name == name.replace("_", "-") and str(e.wraps or "").startswith("peft.") for e in entries("adapt"))
 
 
 def merged(model: Family) -> Family:
@@ -214,9 +210,15 @@ class Targeted(PeftAdapter):
         skip = tuple(self.whole(model))
         return [n for n in linear_layers(model.network) if not any(n == s or n.startswith(f"{s}.") or n.endswith(f".{s}") for s in skip)]
 
+    def sizes(self, model: Family) -> list[tuple[int, int]]:
+        """(outputs, inputs) of every targeted linear layer."""
+        names = self.layers(model)
+        layers = linear_layers(model.network, head=True)
+        return [side_sizes(m) for n, m in layers.items() if any(n == t or n.endswith(f".{t}") for t in names)]
+
     def block(self, model: Family, wanted: int, sides: Literal["in", "out", "both"] = "both") -> int:
         """The largest block size up to `wanted` that fits every target."""
-        return divisor(model.network, self.layers(model), wanted, sides)
+        return divisor([s for out, into in self.sizes(model) for s in {"in": [into], "out": [out], "both": [out, into]}[sides]], wanted)
 
 
 @dataclass
@@ -260,6 +262,7 @@ class MovedBase(LoraLike):
         return super().lora(model, **{"lora_alpha": self.rank if self.alpha is None else self.alpha, **more})
 
     def after(self, model: Family, ctx: Context | None) -> None:
+        self._network = model.network
         self._initial = {n: t.detach().clone() for n, t in adapter_state(model.network).items() if _is_factor(n)}
 
     def save(self, model: Family, directory: Path) -> None:
@@ -278,14 +281,21 @@ class MovedBase(LoraLike):
     def state_dict(self) -> dict[str, Any]:
         return {"initial": dict(self._initial)} if hasattr(self, "_initial") else {}
 
+    @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The residual was made anew by `attach`; it is refused if that did not give the very same start."""
+        """`attach` made the residual anew; where its start differs from the saved one (another machine), the base is put right."""
         saved = state.get("initial", {})
-        if any(not torch.equal(t.cpu(), saved[n].cpu()) for n, t in self._initial.items() if n in saved) or set(saved) != set(self._initial):
-            raise ModelError(
-                f"'{self.name}' split the weights differently than when the run began, so it cannot be continued exactly; "
-                "restore the calibration rows, thread count and library versions, or start a new run."
-            )
+        if {n: t.shape for n, t in saved.items()} != {n: t.shape for n, t in self._initial.items()}:
+            raise ModelError(f"This run was begun with another '{self.name}' (rank or targets differ), so it cannot be continued.")
+        for name, layer in self._network.named_modules():
+            a, b = f"{name}.lora_A.weight", f"{name}.lora_B.weight"
+            if a not in saved or (torch.equal(saved[a], self._initial[a].cpu()) and torch.equal(saved[b], self._initial[b].cpu())):
+                continue
+            device = layer.get_base_layer().weight.device
+            then, now = (s[b].to(device).float() @ s[a].to(device).float() for s in (saved, self._initial))
+            change = layer.scaling["default"] * (now - then)
+            layer.get_base_layer().weight.add_((change.T if layer.fan_in_fan_out else change).to(layer.get_base_layer().weight))
+        self._initial = {n: t.clone() for n, t in saved.items()}
 
 
 def adapter_state(network: nn.Module) -> dict[str, Tensor]:

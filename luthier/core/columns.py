@@ -33,6 +33,7 @@ REQUIRED: dict[str, tuple[str, ...]] = {
 }
 """The kinds of rows and the columns each needs; the first that fits counts."""
 KINDS = tuple(REQUIRED)
+STANDARD = frozenset(c for needed in REQUIRED.values() for c in needed) | {"negative"}
 WEAK = ("text", "prompt")
 """One column says little: other names for a second one are looked for first (`prompt` + `response`)."""
 
@@ -136,7 +137,7 @@ def read_row(record: Any, columns: Mapping[str, str] | None = None) -> tuple[dic
     moved = {found for meant, found in given.items() if meant != found}
     row = {**{k: v for k, v in row.items() if k not in moved}, **{meant: row[found] for meant, found in given.items()}}
     how = reading(frozenset(row), frozenset(given))
-    if how is None or (how.kind in WEAK and not given and _misspelt(row)):
+    if how is None or (how.kind in WEAK and not given and _misspelt(frozenset(row))):
         raise BadRow(missing(row))
     row = _renamed(row, how)
     complaint = CHECKS[how.kind](row) or _check_beside(row)
@@ -145,9 +146,10 @@ def read_row(record: Any, columns: Mapping[str, str] | None = None) -> tuple[dic
     return row, how
 
 
-def _misspelt(row: Mapping[str, Any]) -> bool:
-    """Whether a row that looks like a lone text or prompt has a column that is nearly called `completion` or `label`."""
-    return any(get_close_matches(name, ("completion", "label", "chosen", "rejected"), 1, 0.75) for name in row if name not in REQUIRED)
+@functools.lru_cache(maxsize=4096)
+def _misspelt(columns: frozenset[str]) -> bool:
+    """Whether rows that look like a lone text or prompt have a column that is nearly called `completion` or `label`."""
+    return any(get_close_matches(name, ("completion", "label", "chosen", "rejected"), 1, 0.75) for name in columns - STANDARD - PASSED_ON)
 
 
 def _renamed(row: dict[str, Any], how: Reading) -> dict[str, Any]:
@@ -191,7 +193,7 @@ def missing(row: Mapping[str, Any], kind: str | None = None) -> str:
         what = "the columns fit no known kind of rows (prompt + completion, messages, prompt + chosen + rejected, anchor + positive, text + label, image + label, image + text, text)"
     for wanted in lacking:
         for name in row:
-            if name not in REQUIRED and nearest(name, [wanted]) and name != wanted:
+            if name not in STANDARD and nearest(name, [wanted]):
                 return f"{what}{_seen(row)}. Is '{name}' meant to be {wanted}? Then say `columns: {{{wanted}: {name}}}`"
     return f"{what}{_seen(row)}; name them with `columns: {{prompt: ..., completion: ...}}`" if kind is None else what + _seen(row)
 

@@ -66,6 +66,8 @@ class Outcome:
     reason: str
     losses: dict[str, float] = field(default_factory=dict)
     peak_memory: int = 0
+    trained: int = 0
+    """Trained parameters."""
 
 
 def rate(train: Train, step: int, steps: int) -> float:
@@ -255,7 +257,8 @@ class Engine:
             self.save()
         if self.stopping:
             raise TrainingError(f"{self.stopping} after step {clock.step} of {clock.steps}. The checkpoint is written; continue with --resume.")
-        return Outcome(clock.step, self.seconds, self.tokens, reason, last.losses, self._peak())
+        trained = sum(p.numel() for g in self.groups for p in g.params.values())
+        return Outcome(clock.step, self.seconds, self.tokens, reason, last.losses, self._peak(), trained)
 
     def _draw_and_step(self) -> Iterator[Step]:
         """Draw rows once and take one optimiser step on them, or `reuse` steps on one set of rollouts."""

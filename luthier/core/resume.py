@@ -50,6 +50,7 @@ def restore(engine: Engine) -> None:
     """Continue from the newest checkpoint, if there is one. Changed rows or another number of threads are refused."""
     newest = checkpoint.latest(engine.folder / "checkpoints") if engine.folder else None
     if newest is None:
+        engine.journal.cut(0)
         return
     state = checkpoint.load(newest)
     for key, now in engine.identity.items():

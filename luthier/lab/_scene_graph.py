@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 
 import numpy as np
@@ -116,12 +117,21 @@ ORDERS = {1: lambda w: w, 2: lambda w: w[::-1], 3: lambda w: w[1::2] + w[0::2]}
 
 def translate(text: str, language: int) -> str:
     """The same caption in language 2 or 3: a bijective word map and another word order."""
-    words = [_foreign(word, language) for word in text.split()]
-    return " ".join(ORDERS[language](words))
+    return " ".join(ORDERS[language]([translate_word(word, language, LEXICON) for word in text.split()]))
 
 
-def _foreign(word: str, language: int) -> str:
-    return translate_word(word, language, LEXICON) if word in LEXICON else word
+@functools.cache
+def _dictionary(language: int) -> dict[str, str]:
+    forms = [form for word in LEXICON for form in (word, word + "s")]
+    return {translate_word(form, language, LEXICON): form for form in reversed(forms)}
+
+
+def translate_back(text: str, language: int) -> str:
+    """The caption of language 1 that `translate` made this text of."""
+    words = text.split()
+    places = ORDERS[language](list(range(len(words))))
+    back = [word for _, word in sorted(zip(places, words))]
+    return " ".join(_dictionary(language).get(word, word) for word in back)
 
 
 def facts(graph: Graph) -> set[tuple]:

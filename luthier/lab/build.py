@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from luthier.errors import ModelError, nearest
-from luthier.lab import abilities, tokenizer
+from luthier.lab import _build_chat, _build_encoder, _build_vision, abilities, tokenizer
 from luthier.lab.mixture import MIXTURE_A, filler_pair
 from luthier.lab.nets import fresh
 from luthier.lab.training import Plan, State, causal_loss, text_chunks, train
@@ -66,6 +66,9 @@ def builds() -> dict[str, Build]:
         "lm-s": Build(Plan(14_000_000), 1, run_text(MIXTURE_A), abilities.text_abilities),
         "lm-s.b": Build(Plan(14_000_000), 2, run_text(MIXTURE_A), abilities.text_abilities),
         "lm-m": Build(Plan(16_000_000, rate=1.5e-3), 3, run_text(with_values(MIXTURE_A)), lambda m: abilities.text_abilities(m, filler=True)),
+        "chat": Build(Plan(4_000_000, rate=1e-3, final_rate=5e-5), 4, _build_chat.run, _build_chat.measure, start="lm-s"),
+        "enc": Build(Plan(12_000_000), 5, _build_encoder.run, _build_encoder.measure, loads_with="AutoModelForMaskedLM"),
+        "vit": Build(Plan(700_000, rate=1e-3), 6, _build_vision.run, _build_vision.measure, loads_with="AutoModelForImageClassification"),
     }
 
 

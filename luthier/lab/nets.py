@@ -41,7 +41,7 @@ def _bert(changes: dict) -> torch.nn.Module:
     from transformers import BertConfig, BertForMaskedLM
 
     fields = {"num_hidden_layers": 6, "hidden_size": 96, "num_attention_heads": 4, "intermediate_size": 384,
-              "max_position_embeddings": 256, "type_vocab_size": 2, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}  # fmt: skip
+              "max_position_embeddings": 256, "type_vocab_size": 2, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "initializer_range": 0.1}  # fmt: skip
     return BertForMaskedLM(BertConfig(vocab_size=SIZE, pad_token_id=0, bos_token_id=1, eos_token_id=2, **{**fields, **changes}))
 
 
@@ -49,5 +49,5 @@ def _vit(changes: dict) -> torch.nn.Module:
     from transformers import ViTConfig, ViTForImageClassification
 
     fields = {"num_hidden_layers": 6, "hidden_size": 64, "num_attention_heads": 4, "intermediate_size": 256, "image_size": 24,
-              "patch_size": 4, "num_labels": 18, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}  # fmt: skip
+              "patch_size": 4, "num_labels": 22, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "initializer_range": 0.1}  # fmt: skip
     return ViTForImageClassification(ViTConfig(**{**fields, **changes}))

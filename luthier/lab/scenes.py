@@ -245,8 +245,7 @@ def verify(row: dict, answer: str) -> Verdict:
     if meta["kind"] != "caption":
         right = said == meta["answer"]
         return Verdict(float(right), said, "" if right else f"'{meta['answer']}' was expected")
-    if meta["language"] > 1:
-        return Verdict(float(said == meta["answer"]), said)
+    said = graphs.translate_back(said, meta["language"]) if meta["language"] > 1 else said
     claimed, unread = graphs.read_caption(said)
     truth = graphs.facts(meta["graph"])
     wanted = graphs.read_caption(caption(meta["graph"], "paragraph" if "." in said else meta_kind(said)))[0]

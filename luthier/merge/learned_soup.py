@@ -49,7 +49,8 @@ def learned_soup(
     home = sources[0] if home is None else home
     held = [dict(aligned(home, s, skip)) for s in sources]
     mixed = [n for n in home.distinct if held[0][n].is_floating_point() and not left_out(n, skip)]
-    rows, rest = _rows(mixed, by), {n: home[n] for n in home.distinct if n not in mixed}
+    rows = _rows(mixed, by)
+    rest = {n: home[n] for n in home.distinct if n not in rows}
     types = {n: home[n].dtype for n in mixed}
     # The released initialisation: every raw coefficient the same.
     raw = torch.full((max(rows.values(), default=0) + 1, len(held)), 1.0 / len(held), requires_grad=True)

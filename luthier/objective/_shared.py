@@ -78,9 +78,12 @@ def reference_scores(ctx: Context | None, batch: Batch | SequenceOf[Sequence], n
     head, the head is kept as it is now."""
     if ctx is None:
         raise UserError("This loss compares with a reference model; pass a context, e.g. Context(model, models={'stage': reference}).")
+    # asked before the adapters are off: peft stops their gradients meanwhile
+    head = getattr(ctx.current, "head", None)
+    trains = head is not None and any(p.requires_grad for p in head.projection.parameters())
     with ctx.reference(name) as reference:
         scores = reference.score(batch)
-        if reference is ctx.current and any(p.requires_grad for p in scores.head.projection.parameters()):
+        if reference is ctx.current and trains:
             scores.head = copy.copy(scores.head)
             scores.head.projection = copy.deepcopy(scores.head.projection)
     return scores

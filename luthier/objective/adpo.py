@@ -232,6 +232,7 @@ class ADPO(Preference):
         place, held = answer_table(batch)
         q = self._target(batch, held, ctx).to(sums)
         held = held & ~torch.isnan(self._rewards(batch, held)) if self.on_policy else held
+        held = held | ~held.any(-1, keepdim=True)  # a list without any score has q = 0 and costs nothing
         u = torch.where(held.to(sums.device), ratio[place.to(sums.device)], ratio.new_tensor(-torch.inf))
         loss = row_loss("adpo", adpo(u, None, q, self._taus(batch).to(sums)), row_weights(batch))
         if self.kl and anchor_tokens is not None:

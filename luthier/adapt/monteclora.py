@@ -1,0 +1,48 @@
+"""MonteCLoRA."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from luthier.adapt._shared import LoraLike
+from luthier.catalog import register
+from luthier.core.loss import Loss
+
+if TYPE_CHECKING:
+    from luthier.core.context import Context
+    from luthier.core.families import Family
+
+
+@register("monteclora", wraps="peft.LoraConfig")
+@dataclass
+class Monteclora(LoraLike):
+    """LoRA whose A is a mixture of random perturbations with learned spread, so that training averages over plausible adapters.
+
+    A' = A + sum_k w_k eps_k with Dirichlet weights w and Gaussian eps of learned covariance; a KL to the prior is added to the loss.
+    Evaluation uses the mean."""
+
+    samples: int = 8
+    """Perturbations drawn in one pass."""
+    spread: float = 1e-4
+    """Scale of the perturbations."""
+    prior: float = 0.1
+    """Concentration of the Dirichlet prior."""
+    kl: float = 1e-5
+    """Weight of the KL term."""
+    entropy: bool = False
+    """Keep the mixture weights from collapsing by an entropy term."""
+
+    positive = ("rank", "alpha", "samples", "prior",)
+
+    def config(self, model: Family, ctx: Context | None = None) -> Any:
+        from peft.tuners.lora import MontecloraConfig
+
+        monte = MontecloraConfig(
+            num_samples=self.samples, sample_scaler=self.spread, dirichlet_prior=self.prior, kl_loss_weight=self.kl, use_entropy=self.entropy
+        )
+        return self.lora(model, monteclora_config=monte)
+
+    def penalty(self, model: Family, ctx: Context | None = None) -> Loss | None:
+        value = model.network.base_model._get_monteclora_loss()
+        return Loss().add("monteclora", value.reshape(1), per="batch") if hasattr(value, "reshape") else None

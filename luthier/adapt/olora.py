@@ -1,0 +1,25 @@
+"""OLoRA."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from luthier.adapt._shared import MovedBase
+from luthier.catalog import register
+
+if TYPE_CHECKING:
+    from luthier.core.context import Context
+    from luthier.core.families import Family
+
+
+@register("olora", wraps="peft.LoraConfig")
+@dataclass
+class Olora(MovedBase):
+    """Start LoRA from an orthonormal basis of the weight's columns, taken out of the base by a QR decomposition.
+
+    W = Q R; B = Q_r, A = R_r, base <- W - B A (orthonormal LoRA)."""
+
+
+    def config(self, model: Family, ctx: Context | None = None) -> Any:
+        return self.lora(model, init_lora_weights="olora")

@@ -1,0 +1,56 @@
+"""Hand-made batches of token sequences for the language-model objectives."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from luthier.core.batch import Batch, Sequence
+
+
+def sequence(ids: Any, prompt: int, row: int = 0, branch: str = "completion", **data: Any) -> Sequence:
+    """`ids` whose first `prompt` tokens are not supervised."""
+    mask = np.arange(len(ids)) >= prompt
+    return Sequence(np.asarray(ids), mask, row=row, branch=branch, data=data)
+
+
+def batch_of(sequences: list[Sequence], rows: list[dict] | None = None, weights: Any = None) -> Batch:
+    n = 1 + max(s.row for s in sequences) if sequences else 0
+    rows = rows if rows is not None else [{} for _ in range(n)]
+    return Batch(rows, np.arange(len(rows)), sequences, weights=None if weights is None else torch.tensor(weights))
+
+
+def random_batch(rows: int = 3, vocabulary: int = 64, seed: int = 0, prompt: int = 4, weights: Any = None) -> Batch:
+    rng = np.random.default_rng(seed)
+    made = [sequence(rng.integers(5, vocabulary, prompt + 3 + 2 * i), prompt, row=i) for i in range(rows)]
+    return batch_of(made, weights=weights)
+
+
+def random_pairs(rows: int = 3, vocabulary: int = 64, seed: int = 0, prompt: int = 5, rows_data: list[dict] | None = None) -> Batch:
+    rng = np.random.default_rng(seed)
+    made = []
+    for i in range(rows):
+        head = rng.integers(5, vocabulary, prompt)
+        made += [sequence(np.concatenate([head, rng.integers(5, vocabulary, 2 + i)]), prompt, i, "chosen"),
+                 sequence(np.concatenate([head, rng.integers(5, vocabulary, 4)]), prompt, i, "rejected")]  # fmt: skip
+    return batch_of(made, rows_data)
+
+
+def logits_of(family: Any, s: Sequence) -> Tensor:
+    """The network's own logits at each supervised token of one sequence, by its plain forward pass."""
+    out = family.network(input_ids=torch.from_numpy(s.ids)[None]).logits[0]
+    return out[torch.from_numpy(s.supervised) - 1]
+
+
+def logps_of(family: Any, s: Sequence) -> Tensor:
+    target = torch.from_numpy(s.labels[s.supervised])
+    return torch.log_softmax(logits_of(family, s), -1).gather(-1, target[:, None])[:, 0]
+
+
+def gradients(family: Any, value: Tensor) -> list[Tensor]:
+    family.network.zero_grad()
+    value.backward()
+    return [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in family.network.parameters()]
