@@ -11,7 +11,12 @@ import dataclasses
 import functools
 import importlib
 import importlib.util
+import inspect
+import itertools
+import re
 import sys
+import textwrap
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -83,9 +88,21 @@ def entries(axis: str | None = None) -> tuple[Entry, ...]:
     return tuple(found)
 
 
+_HEAD = re.compile(r"^@register\(.*?^class [^\n]*:\n\s+[rR]?\"{3}.*?\"{3}", re.MULTILINE | re.DOTALL)
+"""From a method's decorator to the end of its docstring: all that a listing needs, and a tenth of the time to parse."""
+
+
+def _heads(text: str) -> list[ast.stmt]:
+    """The registered classes of a source, without their bodies where that is easy to tell."""
+    heads = [ast.parse(part).body for part in _HEAD.findall(text)]
+    if len(heads) == len(re.findall(r"^@register\(", text, re.MULTILINE)) and all(len(h) == 1 for h in heads):
+        return [h[0] for h in heads]
+    return ast.parse(text).body
+
+
 def _read(axis: str, path: Path) -> list[Entry]:
     found = []
-    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+    for node in _heads(path.read_text(encoding="utf-8")):
         if not isinstance(node, ast.ClassDef):
             continue
         for call in node.decorator_list:
@@ -119,11 +136,42 @@ def method(axis: str, name: str) -> type:
     return find(axis, name).load()
 
 
+def is_registered(axis: str, name: str) -> bool:
+    """Whether a method's class is already at hand: imported, or registered by the running program."""
+    return (axis, name) in _registered
+
+
 def _from_file(axis: str, spec: str) -> type:
     file, _, class_name = spec.partition(":")
     path = Path(file).expanduser().resolve()
+    module = _module(path)
+    own = {n: c for n, c in vars(module).items() if isinstance(c, type) and c.__module__ == module.__name__ and hasattr(c, "axis")}
+    if not class_name and len(own) == 1:
+        found = next(iter(own.values()))
+    elif class_name in own:
+        found = own[class_name]
+    else:
+        raise RecipeError(f"{path} holds no registered method class '{class_name}'.{nearest(class_name, own)} It holds: {', '.join(own) or 'none'}.")
+    if found.axis != axis:
+        raise RecipeError(f"{spec} is a method of the axis '{found.axis}', not of '{axis}'.")
+    return found
+
+
+def user_object(spec: str) -> Any:
+    """What a user's own file holds under a name: `./mine.py:judge`."""
+    file, _, name = spec.partition(":")
+    path = Path(file).expanduser().resolve()
+    module = _module(path)
+    own = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
+    if not name or not hasattr(module, name):
+        raise RecipeError(f"{path} holds no '{name}'.{nearest(name, own)} Name one as {file}:NAME.")
+    return getattr(module, name)
+
+
+def _module(path: Path) -> types.ModuleType:
+    """A user's file, imported once."""
     if not path.is_file():
-        raise RecipeError(f"The method file {path} does not exist.")
+        raise RecipeError(f"The file {path} does not exist.")
     module_name = f"luthier_user_{path.stem}_{abs(hash(str(path)))}"
     if module_name not in sys.modules:
         loader_spec = importlib.util.spec_from_file_location(module_name, path)
@@ -135,17 +183,44 @@ def _from_file(axis: str, spec: str) -> type:
         except Exception as error:
             del sys.modules[module_name]
             raise RecipeError(f"{path} cannot be imported: {type(error).__name__}: {error}") from error
-    module = sys.modules[module_name]
-    own = {n: c for n, c in vars(module).items() if isinstance(c, type) and c.__module__ == module_name and hasattr(c, "axis")}
-    if not class_name and len(own) == 1:
-        return next(iter(own.values()))
-    if class_name not in own:
-        raise RecipeError(f"{path} holds no registered method class '{class_name}'.{nearest(class_name, own)} It holds: {', '.join(own) or 'none'}.")
-    if own[class_name].axis != axis:
-        raise RecipeError(f"{spec} is a method of the axis '{own[class_name].axis}', not of '{axis}'.")
-    return own[class_name]
+    return sys.modules[module_name]
 
 
 def fields_of(cls: type) -> list[dataclasses.Field[Any]]:
     """The recipe's schema of a method: its dataclass fields."""
     return [f for f in dataclasses.fields(cls) if f.init] if dataclasses.is_dataclass(cls) else []
+
+
+def field_docs(cls: type) -> dict[str, str]:
+    """What the source says about each field: the string literal under it, the `#:` lines above it or the comment behind it."""
+    documented: dict[str, str] = {}
+    for base in reversed(cls.__mro__):
+        if dataclasses.is_dataclass(base):
+            documented |= _docs_in_source(base)
+    return {f.name: documented.get(f.name, "") for f in fields_of(cls)}
+
+
+def _docs_in_source(cls: type) -> dict[str, str]:
+    try:
+        source = textwrap.dedent(inspect.getsource(cls))
+        node = ast.parse(source).body[0]
+    except (OSError, TypeError, SyntaxError):
+        return {}
+    lines, found = source.splitlines(), {}
+    body = node.body if isinstance(node, ast.ClassDef) else []
+    for item, following in zip(body, [*body[1:], None]):
+        if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name):
+            literal = following.value.value if isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant) else None
+            text = inspect.cleandoc(literal) if isinstance(literal, str) else _comment(lines, item)
+            if text:
+                found[item.target.id] = text
+    return found
+
+
+def _comment(lines: list[str], item: ast.stmt) -> str:
+    """The comment behind a statement, else the `#:` lines right above it."""
+    behind = lines[(item.end_lineno or item.lineno) - 1].encode()[item.end_col_offset :].decode()
+    if behind.strip().startswith("#"):
+        return behind.strip().lstrip("#: ").strip()
+    above = list(itertools.takewhile(lambda line: line.strip().startswith("#:"), reversed(lines[: item.lineno - 1])))
+    return " ".join(line.strip()[2:].strip() for line in reversed(above))

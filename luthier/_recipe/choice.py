@@ -10,6 +10,7 @@ from typing import Any
 
 from luthier import catalog
 from luthier._recipe.fit import Misfit, fit, shown, types_of
+from luthier._recipe.schema import sole_method, static_types
 from luthier._recipe.source import RESERVED, Marks, Place
 from luthier.errors import RecipeError, UserError, nearest
 
@@ -98,11 +99,7 @@ class Choice:
         cls = self.load()
         fields = {f.name: f for f in catalog.fields_of(cls)}
         given = self.options | {k: self.extras[k] for k in self._own()}
-        for name in given:
-            if name not in fields:
-                raise self._error(name, f"{self.frame.key((*self.place, name))} is no field of '{self.method}'.{_known(name, list(fields))}")
-        types = types_of(cls) if given else {}
-        values = {k: self.frame.fit((*self.place, k), v, types[k]) for k, v in given.items()}
+        values = self._fitted(given, self._types(cls))
         for name, item in fields.items():
             required = item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING
             if required and name not in values:
@@ -112,6 +109,34 @@ class Choice:
         except (UserError, ValueError, TypeError) as error:
             at = next((k for k in given if re.search(rf"\b{re.escape(k)}\b", str(error))), None)
             raise self._error(at, f"{self.frame.key(self.place)} '{self.method}': {error}") from error
+
+    def precheck(self) -> None:
+        """The options against the fields, read from the source: nothing is imported."""
+        if ".py" in self.method:
+            file, _, name = self.spec.partition(":")
+            path, class_name = Path(file), name or sole_method(Path(file))
+        elif catalog.is_registered(self.axis, self.method):
+            self._fitted(self.options, self._types(self.load()))
+            return
+        else:
+            entry = catalog.find(self.axis, self.method)
+            path, class_name = entry.path, entry.class_name
+        types = static_types(path, class_name) if class_name else None
+        if types is not None:
+            self._fitted(self.options, types)
+
+    @staticmethod
+    def _types(cls: type) -> dict[str, Any]:
+        fields = catalog.fields_of(cls)
+        types = types_of(cls) if fields else {}
+        return {f.name: types[f.name] for f in fields}
+
+    def _fitted(self, given: dict[str, Any], types: dict[str, Any]) -> dict[str, Any]:
+        """The given values as their types want them."""
+        for name in given:
+            if name not in types:
+                raise self._error(name, f"{self.frame.key((*self.place, name))} is no field of '{self.method}'.{_known(name, list(types))}")
+        return {k: self.frame.fit((*self.place, k), v, types[k]) for k, v in given.items()}
 
     def _error(self, name: str | None, sentence: str) -> RecipeError:
         return self.frame.error(self.place if name is None else (*self.place, name), sentence)

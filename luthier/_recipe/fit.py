@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections.abc
 import dataclasses
+import inspect
 import math
 import sys
 import types
@@ -160,8 +161,8 @@ def types_of(cls: type) -> dict[str, Any]:
     Each is resolved where it was written, so that imports for type checkers elsewhere in the class do no harm."""
     found: dict[str, Any] = {}
     for item in dataclasses.fields(cls):
-        owner = next(base for base in cls.__mro__ if item.name in base.__dict__.get("__annotations__", {}))
-        holder = types.SimpleNamespace(__annotations__={item.name: owner.__annotations__[item.name]})
+        owner = next(base for base in cls.__mro__ if item.name in inspect.get_annotations(base))
+        holder = types.SimpleNamespace(__annotations__={item.name: inspect.get_annotations(owner)[item.name]})
         names = vars(sys.modules.get(owner.__module__, typing))
         try:
             found[item.name] = typing.get_type_hints(holder, globalns=dict(names), include_extras=True)[item.name]

@@ -92,10 +92,13 @@ class Data:
     """Tokens a row may have."""
     limit: int | None = None
     """How many rows of a stream are read at most."""
+    holdout: int | float | None = None
+    """How many training rows (a count, or a share below 1) are held out where no test rows are named; 0: none."""
 
     def __post_init__(self) -> None:
         for name in ("max_length", "limit"):
             _at_least(name, getattr(self, name), 1)
+        _at_least("holdout", self.holdout, 0)
 
     def to_dict(self) -> dict[str, Any]:
         """As a recipe's `data` key has it."""
@@ -155,12 +158,28 @@ def _stream_name(key: Any, frame: Frame) -> None:
 def _source(key: str, value: Any, frame: Frame) -> Any:
     if isinstance(value, (str, Path)):
         return str(value)
-    plain = isinstance(value, (list, tuple))
-    if plain and not all(isinstance(row, Mapping) for row in value):
-        raise frame.error(("data", key), f"data.{key} is a list with something else than rows; give a path, a hub id, `lab:TASK` or a list of rows.")
-    if plain or (hasattr(value, "__len__") and hasattr(value, "__getitem__") and not isinstance(value, Mapping)):
+    if isinstance(value, (list, tuple)):
+        if value and (all(isinstance(row, Mapping) for row in value) or all(isinstance(path, (str, Path)) for path in value)):
+            return [str(v) if isinstance(v, Path) else v for v in value]
+        raise frame.error(("data", key), f"data.{key} is a list of neither rows nor paths; give a path, a hub id, `lab:TASK` or a list of rows.")
+    if isinstance(value, Mapping):
+        return _detailed(key, value, frame)
+    if hasattr(value, "__len__") and hasattr(value, "__getitem__") and not isinstance(value, (bytes, bytearray)):
         return value
     raise frame.error(("data", key), f"data.{key} is {shown(value)}; it must be a path, a hub id, `lab:TASK` or a list of rows.")
+
+
+def _detailed(key: str, value: Mapping[Any, Any], frame: Frame) -> dict[str, Any]:
+    """A stream with reading options of its own, {path: ..., columns: ..., on_error: ..., limit: ...}; or its columns as lists."""
+    if value and all(isinstance(v, (list, tuple)) for v in value.values()) and "path" not in value:
+        return dict(value)
+    known = {"path": str | list[str], **{k: v for k, v in types_of(Data).items() if k in ("columns", "on_error", "limit")}}
+    for name in value:
+        if name not in known:
+            raise frame.error(("data", key, name), f"data.{key}.{name} is no option of a stream of rows.{nearest(name, known)}")
+    if "path" not in value:
+        raise frame.error(("data", key), f"data.{key} names no rows; add `path:`.")
+    return {k: frame.fit(("data", key, k), v, known[k]) for k, v in value.items()}
 
 
 def model(value: Any, frame: Frame, place: tuple[str, ...]) -> Any:

@@ -159,9 +159,9 @@ class PeftAdapter(Adapter):
 
     def export(self, model: Family, directory: Path) -> None:
         """An adapter folder that plain peft loads onto the base model; the whole network if this stage's base is not the base."""
-        from luthier.core.models import save_network
-
         if getattr(self, "_rebased", False):
+            from luthier.core.models import save_network
+
             save_network(merged(model), directory)
             return
         self.save(model, Path(directory))

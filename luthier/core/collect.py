@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from luthier.core.families import Family
 
-What = Literal["second_moment", "column_norm", "abs_max", "mean"]
+What = Literal["second_moment", "column_norm", "abs_max", "abs_mean", "mean"]
 Scale = Literal["none", "abs_max", "max"]
 
 
@@ -46,13 +46,13 @@ def collect(
     - second_moment: sum over tokens of x x^T, [in, in];
     - column_norm: sqrt(sum over tokens of x_j^2), [in] (Wanda's ||X_j||_2);
     - abs_max: max over tokens of |x_j|, [in];
-    - mean: mean over tokens of x, [in];
+    - abs_mean, mean: mean over tokens of |x_j| and of x_j, [in];
     - tokens, sequences: how many were seen (always).
 
     `scale` divides each sequence's inputs by its largest |x| ("abs_max") or by |its largest x| ("max") before the sums, as
     CorDA does; all sums are then of the scaled inputs. Weights, gradients and train/eval modes are left as they are."""
     wanted = set(what)
-    unknown = wanted - {"second_moment", "column_norm", "abs_max", "mean"}
+    unknown = wanted - set(get_args(What))
     if unknown:
         raise ValueError(f"collect knows no statistic {sorted(unknown)[0]!r}.")
     layers = _sites(model, sites)
@@ -145,6 +145,8 @@ class _Sums:
             self._sum("column_norm", flat.square().sum(0))
         if "mean" in self.what:
             self._sum("mean", flat.sum(0))
+        if "abs_mean" in self.what:
+            self._sum("abs_mean", flat.abs().sum(0))
         if "abs_max" in self.what:
             top = flat.abs().amax(0)
             self.values["abs_max"] = torch.maximum(self.values.get("abs_max", top), top)
@@ -156,6 +158,6 @@ class _Sums:
         out: dict[str, Any] = {**self.values, "tokens": self.tokens, "sequences": self.sequences}
         if "column_norm" in out:
             out["column_norm"] = out["column_norm"].sqrt()
-        if "mean" in out:
-            out["mean"] = out["mean"] / max(1, self.tokens)
+        for name in {"mean", "abs_mean"} & set(out):
+            out[name] = out[name] / max(1, self.tokens)
         return out

@@ -188,7 +188,7 @@ def _stand_in(value: Any) -> Any:
         return {"@image": [value.mode, list(value.size), hashlib.sha256(value.tobytes()).hexdigest()]}
     if isinstance(value, (set, frozenset)):
         return {"@set": sorted(map(str, value))}
-    if isinstance(value, (Mapping, np.ndarray)) or isinstance(value, Iterable):
+    if isinstance(value, (Mapping, np.ndarray, Iterable)):
         return dict(value) if isinstance(value, Mapping) else list(value)
     if hasattr(value, "__dict__") and not isinstance(value, (type, Path)):
         return {"@object": [type(value).__name__, vars(value)]}

@@ -12,13 +12,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as SequenceOf
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
 from luthier.core.batch import Sequence
 from luthier.core.chat import Conversation, edges, has_template, plain_ids, text_of, tokenise, turns_to_learn
 from luthier.core.columns import kind_of, preference_parts
-from luthier.core.dataset import Aside, Rows
+from luthier.core.dataset import Aside, Rows, row_digest
+from luthier.core.shorten import without_beginning, without_end
 from luthier.errors import DataError, RecipeError, nearest
 
 TRAIN_ON = ("completion", "assistant", "last", "all")
@@ -34,22 +36,70 @@ def encode(
     row: int = 0,
     max_length: int | None = None,
     too_long: TooLong = "stop",
+    where: str | None = None,
 ) -> list[Sequence]:
-    """The token sequences of one row; `row` is its index in the batch.
+    """The token sequences of one row; `row` is its index in the batch, `where` its name in messages.
 
     A row longer than `max_length` tokens is refused, or with `too_long="cut"` loses the beginning of its prompt; its answer is never cut.
-    A row may carry its own `max_length`, to which it is cut (`fit_lengths` writes it)."""
+    A row may carry its own `max_length`, to which it is cut (`fit_lengths` writes it). What was encoded lately is remembered."""
     if train_on not in TRAIN_ON:
         raise RecipeError(f"train_on is '{train_on}', but must be one of {', '.join(TRAIN_ON)}.{nearest(str(train_on), TRAIN_ON)}")
+    where = where or f"row {row}"
+    memory = _memory(tokenizer)
+    key = (train_on, max_length, too_long, _key(example))
+    made = memory.pop(key, None)
+    if made is None:
+        made = _encode(example, tokenizer, train_on, max_length, too_long, where)
+    memory[key] = made  # the youngest is last
+    while len(memory) > REMEMBERED:
+        del memory[next(iter(memory))]
+    return [Sequence(ids.copy(), mask.copy(), row=row, branch=branch) for branch, ids, mask in made]
+
+
+def _encode(example: Mapping[str, Any], tokenizer: Any, train_on: str, max_length: int | None, too_long: TooLong, where: str) -> Made:
     kind = kind_of(example)
     if kind not in ENCODERS:
-        raise DataError(f"Row {row} has no text that this model could read; its columns are {', '.join(map(str, example))}.")
-    made = ENCODERS[kind](example, tokenizer, train_on, f"row {row}")
+        raise DataError(f"In {where} there is no text that this model could read; its columns are {', '.join(map(str, example))}.")
+    made = ENCODERS[kind](example, tokenizer, train_on, where)
     if max_length is None and example.get("max_length") is not None:
         max_length, too_long = int(example["max_length"]), "cut"
-    if max_length is not None and max(len(ids) for _, ids, _ in made) > max_length:
-        made = _shortened(made, max_length, too_long, tokenizer, f"Row {row}")
-    return [Sequence(ids, mask, row=row, branch=branch) for branch, ids, mask in made]
+    longest = max(len(ids) for _, ids, _ in made)
+    if max_length is None or longest <= max_length:
+        return made
+    if too_long != "cut":
+        raise DataError(f"In {where} there are {longest} tokens, more than max_length = {max_length}.")
+    if kind in ("text", "text-label", "image-text", "pairs"):
+        return [(branch, *without_end(ids, mask, max_length, tokenizer)) for branch, ids, mask in made]
+    answers = made if train_on != "all" else ENCODERS[kind](example, tokenizer, "completion", where)
+    room = min(int(np.argmax(mask)) if mask.any() else len(mask) for _, _, mask in answers)
+    return [(branch, *without_beginning(ids, mask, longest - max_length, room, tokenizer, where)) for branch, ids, mask in made]
+
+
+# -- what was encoded lately -------------------------------------------------------------------------------------------------
+
+REMEMBERED = 20_000
+"""Rows that are not tokenised again in the next epoch."""
+READ = (
+    "messages", "prompt", "completion", "chosen", "rejected", "text", "text_pair", "anchor", "positive", "system", "plain", "tools",
+    "chat_template_kwargs", "max_length",
+)  # fmt: skip
+_memories: WeakKeyDictionary[Any, tuple[Any, dict[Any, Made]]] = WeakKeyDictionary()
+
+
+def _memory(tokenizer: Any) -> dict[Any, Made]:
+    """What this tokenizer encoded, forgotten when its template or vocabulary changes."""
+    state = (str(tokenizer.chat_template), len(tokenizer), tokenizer.eos_token_id, tokenizer.bos_token_id, getattr(tokenizer, "add_bos_token", None))
+    known = _memories.get(tokenizer)
+    if known is None or known[0] != state:
+        known = _memories[tokenizer] = (state, {})
+    return known[1]
+
+
+def _key(example: Mapping[str, Any]) -> tuple[Any, ...]:
+    """All that `encode` reads of a row."""
+    found = [(c, example[c]) for c in READ if c in example] + [("label" in example, "image" in example, "audio" in example)]
+    found += [("negative", text) for text in negatives_of(example)] if "anchor" in example else []
+    return tuple((c, *v) if not v or isinstance(v[0], (str, bool, int)) else (c, row_digest({"v": v[0]})) for c, *v in found)
 
 
 # -- answers to prompts -----------------------------------------------------------------------------------------------------
@@ -144,7 +194,7 @@ def _around(tokenizer: Any, begin: np.ndarray, end: np.ndarray) -> tuple[np.ndar
 
 
 def _preference(example: Mapping[str, Any], tokenizer: Any, train_on: str, where: str) -> Made:
-    prompt, *answers = preference_parts(example)
+    _, *answers = preference_parts(example)
     train_on = "last" if train_on == "last" else "completion"
     if is_plain(example, tokenizer):
         text = _plain_prompt(example)
@@ -242,10 +292,10 @@ def prompt_ids(example: Mapping[str, Any] | str, tokenizer: Any) -> np.ndarray:
         turns = prompt_turns(example)
         ids = plain_ids(tokenizer, Conversation.of(turns, tokenizer, example).render([{k: v for k, v in m.items() if k != "train"} for m in turns], prompt=True))
     limit = example.get("max_length")
-    if limit is not None and kind in ENCODERS and kind != "prompt":
-        whole = max(len(s) for s in encode({**example, "max_length": None}, tokenizer))
-        return _without_beginning(ids, max(0, whole - int(limit)), tokenizer)
-    return ids if limit is None else _without_beginning(ids, max(0, len(ids) - int(limit)), tokenizer)
+    if limit is None:
+        return ids
+    whole = len(ids) if kind in ("prompt", "other") else max(len(s) for s in encode({**example, "max_length": None}, tokenizer))
+    return without_beginning(ids, ids, max(0, whole - int(limit)), len(ids), tokenizer)[0]
 
 
 def answer_of(example: Mapping[str, Any]) -> str | None:
@@ -280,7 +330,8 @@ def prompt_text(example: Mapping[str, Any]) -> str:
 
 def lengths(rows: Iterable[Mapping[str, Any]], tokenizer: Any, train_on: str = "completion") -> np.ndarray:
     """For every row the tokens of its longest sequence."""
-    return np.array([max(len(s) for s in encode(r, tokenizer, train_on, i)) for i, r in enumerate(rows)], dtype=np.int64)
+    rows = Rows.of(rows)
+    return np.array([max(len(s) for s in encode(r, tokenizer, train_on, where=rows.where(i))) for i, r in enumerate(rows)], dtype=np.int64)
 
 
 def fit_lengths(rows: Any, tokenizer: Any, max_length: int, too_long: TooLong = "stop", train_on: str = "completion") -> Rows:
@@ -306,40 +357,5 @@ def fit_lengths(rows: Any, tokenizer: Any, max_length: int, too_long: TooLong = 
         return kept
     marked = [{**r, "max_length": max_length} if sizes[i] > max_length else r for i, r in enumerate(rows)]
     for i in over.tolist():
-        encode(marked[i], tokenizer, train_on, i)  # raises where the answer alone is too long
+        encode(marked[i], tokenizer, train_on, where=rows.where(i))  # raises where the answer alone is too long
     return Rows(marked, rows.ids, rows.name, rows.source, rows.kind, rows.aside, [*rows.notices, f"{what}; their prompts lose the beginning."])
-
-
-def _shortened(made: Made, limit: int, too_long: TooLong, tokenizer: Any, where: str) -> Made:
-    """Sequences of at most `limit` tokens: answers keep their end of the prompt, texts without an answer keep their beginning."""
-    longest = max(len(ids) for _, ids, _ in made)
-    if too_long != "cut":
-        raise DataError(f"{where} has {longest} tokens, more than max_length = {limit}.")
-    if made[0][0] in ("anchor", "text") or (made[0][0] == "completion" and made[0][2][:2].any()):
-        return [(branch, *_without_end(ids, mask, limit, tokenizer)) for branch, ids, mask in made]
-    cut = longest - limit
-    shorter = []
-    for branch, ids, mask in made:
-        room = int(np.argmax(mask)) if mask.any() else len(ids)
-        kept_start = int(len(ids) > 0 and ids[0] == tokenizer.bos_token_id)
-        if room - kept_start - cut < 1:
-            raise DataError(f"{where} has an answer of {len(ids) - room} tokens, which leaves no room for its prompt in max_length = {limit}; raise max_length or drop the row.")
-        keep = np.r_[:kept_start, kept_start + cut : len(ids)]
-        shorter.append((branch, ids[keep], mask[keep]))
-    return shorter
-
-
-def _without_beginning(ids: np.ndarray, cut: int, tokenizer: Any) -> np.ndarray:
-    start = int(len(ids) > 0 and ids[0] == tokenizer.bos_token_id)
-    return np.r_[ids[:start], ids[start + cut :]] if cut else ids
-
-
-def _without_end(ids: np.ndarray, mask: np.ndarray, limit: int, tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
-    """The first tokens and the special tokens at the end."""
-    if len(ids) <= limit:
-        return ids, mask
-    tail = 0
-    while tail < len(ids) - 1 and int(ids[-1 - tail]) in tokenizer.all_special_ids:
-        tail += 1
-    keep = np.r_[: max(0, limit - tail), len(ids) - tail : len(ids)][:limit]
-    return ids[keep], mask[keep]

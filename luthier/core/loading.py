@@ -71,7 +71,7 @@ def _records(spec: Any, name: str, base: str | Path | None) -> tuple[str, Iterat
         return _hub(spec.removeprefix("hub:"), name)
     path = _resolve(Path(spec).expanduser(), base)
     if path is None:
-        if isinstance(spec, str) and HUB_ID.fullmatch(spec.partition("#")[0].partition(":")[0]) and not Path(spec).suffix.lower() in READERS and not _local(spec, base):
+        if isinstance(spec, str) and _looks_like_hub(spec, base):
             return _hub(spec, name)
         raise DataError(_not_found(Path(spec), base))
     files = data_files(path, name)
@@ -86,9 +86,10 @@ def _resolve(path: Path, base: str | Path | None) -> Path | None:
     return next((p for p in tried if p.exists()), None)
 
 
-def _local(spec: str, base: str | Path | None) -> bool:
-    """Whether OWNER/NAME is more likely a mistyped path: its first part is a folder here."""
-    return _resolve(Path(spec).parent, base) is not None
+def _looks_like_hub(spec: str, base: str | Path | None) -> bool:
+    """OWNER/NAME without a data file's ending; with a folder OWNER here it is more likely a mistyped path."""
+    name = spec.partition("#")[0].partition(":")[0]
+    return bool(HUB_ID.fullmatch(name)) and Path(name).suffix.lower() not in READERS and _resolve(Path(name).parent, base) is None
 
 
 def _not_found(path: Path, base: str | Path | None) -> str:

@@ -160,6 +160,7 @@ class LearnedSoup(Merger):
     """Tensors to leave as the base (or, without one, the first model) has them: names, leading parts of names, or globs."""
 
     needs = frozenset({"val"})
+    families = frozenset({"causal-lm", "text-encoder", "image-classifier"})
 
     def __post_init__(self) -> None:
         for name in ("lr", "epochs", "batch"):

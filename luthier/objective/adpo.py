@@ -161,8 +161,9 @@ class ADPO(Preference):
             if "responses" not in row:
                 sequences += encode(row, tokenizer, train_on="completion", row=i)
                 continue
+            shared = {k: v for k, v in row.items() if k not in ("responses", "scores", "target", "label")}
             for answer in row["responses"]:
-                one = encode({"prompt": row["prompt"], "completion": answer}, tokenizer, train_on="completion", row=i)
+                one = encode({**shared, "completion": answer}, tokenizer, train_on="completion", row=i)
                 sequences += [replace(s, branch="response") for s in one]
         return Batch(list(rows), np.arange(len(rows)) if ids is None else np.asarray(ids, np.int64), sequences)
 

@@ -76,7 +76,7 @@ class PrefixRFT(Policy):
     group_size: int = 8
     """Answers to each prompt, the hybrid one included."""
     verifier: str = "exact"
-    """What scores an answer; see grpo. Rows without a completion need a column `answer`."""
+    """What scores an answer: exact, number, lab:TASK ... A row without a demonstration gives its right answer as `label` or `meta.answer`."""
     reward_weights: dict[str, float] = field(default_factory=dict)
     """Weights of the named parts of the helper's reward; 1 where nothing is said."""
     high: float = 0.95

@@ -45,7 +45,7 @@ def inputs(model, row):
 
 
 def test_all_statistics_leave_padding_out(model):
-    found = collect(model, ROWS, {"second_moment", "column_norm", "abs_max", "mean"})
+    found = collect(model, ROWS, {"second_moment", "column_norm", "abs_max", "abs_mean", "mean"})
     assert set(found) == set(linear_layers(model.network)) and "lm_head" not in found
     x = torch.cat([inputs(model, r) for r in ROWS])
     one = found[SITE]
@@ -54,6 +54,7 @@ def test_all_statistics_leave_padding_out(model):
     torch.testing.assert_close(one["column_norm"], x.norm(dim=0), atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(one["abs_max"], x.abs().amax(0), atol=1e-6, rtol=1e-4)
     torch.testing.assert_close(one["mean"], x.mean(0), atol=1e-6, rtol=1e-4)
+    torch.testing.assert_close(one["abs_mean"], x.abs().mean(0), atol=1e-6, rtol=1e-4)
 
 
 @pytest.mark.parametrize("scale", ["abs_max", "max"])
