@@ -94,10 +94,12 @@ _HEAD = re.compile(r"^@register\(.*?^class [^\n]*:\n\s+[rR]?\"{3}.*?\"{3}", re.M
 
 def _heads(text: str) -> list[ast.stmt]:
     """The registered classes of a source, without their bodies where that is easy to tell."""
-    heads = [ast.parse(part).body for part in _HEAD.findall(text)]
-    if len(heads) == len(re.findall(r"^@register\(", text, re.MULTILINE)) and all(len(h) == 1 for h in heads):
-        return [h[0] for h in heads]
-    return ast.parse(text).body
+    try:
+        heads = [ast.parse(part).body for part in _HEAD.findall(text)]
+    except SyntaxError:
+        heads = []
+    simple = len(heads) == len(re.findall(r"^@register\(", text, re.MULTILINE)) and all(len(h) == 1 for h in heads)
+    return [h[0] for h in heads] if simple else ast.parse(text).body
 
 
 def _read(axis: str, path: Path) -> list[Entry]:

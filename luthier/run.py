@@ -17,12 +17,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from luthier.recipe import Recipe, check
-
 from luthier.core import checkpoint
 from luthier.core.context import Context, seed_of
 from luthier.core.stage import Stage
 from luthier.errors import ModelError, RecipeError, UserError
+from luthier.recipe import Recipe, StageEntry, check
 
 
 @dataclass
@@ -51,9 +50,8 @@ class Run:
 
     def ask(self, prompts: SequenceOf[str], max_new_tokens: int = 64) -> list[str]:
         """The tuned model's greedy answers."""
-        from luthier.core.rows import prompt_ids
-
         from luthier.core.families import Decode
+        from luthier.core.rows import prompt_ids
 
         family = self.model()
         ids = [prompt_ids({"prompt": p}, family.tokenizer) for p in prompts]
@@ -130,25 +128,41 @@ class _Runner:
             print(sentence, flush=True)
 
     def go(self, resume: bool, notices: list[str]) -> Run:
-        from luthier.core.models import load
         from luthier.core.rows import load_streams
 
         started = time.monotonic()
+        if self.recipe.train.threads:
+            import torch
+
+            torch.set_num_threads(self.recipe.train.threads)
         self.streams = load_streams(self.recipe.data.to_dict(), base=self.recipe.base, tell=self.say)
         self._write_about(notices)
         start = self.recipe.model_spec()
-        self.models = {name: (lambda spec=spec: load(spec)) for name, spec in self.recipe.models.items()}
-        self.models["base"] = start.frozen_copy() if hasattr(start, "network") else (lambda: load(start).frozen_copy())
+        self.models = {name: self._lazy(self.recipe.model_spec(name)) for name in self.recipe.models}
+        self.models["base"] = self._lazy(start)
         self._preflight(start)
         self._measure("before", start, resume)
         last = start
-        for number, entry in enumerate(self.recipe.stage_list()):
-            last = self._loop(number, entry, last, resume) if entry.loop else self._stage(entry.recipe, self._stage_folder(number, entry), last, resume)
+        for number, (entry, anew) in enumerate(self._entries()):
+            here = start if anew else last
+            last = self._loop(number, entry, here, resume) if entry.loop else self._stage(entry.recipe, self._stage_folder(number, entry), here, resume)
         if last != self.folder / "model":
             self._adopt(Path(last))
         self._measure("after", self.folder / "model", resume)
         self._report(time.monotonic() - started)
         return self.run
+
+    def _entries(self) -> list[tuple[StageEntry, bool]]:
+        """The recipe's stages, and whether each starts from the run's own model. One whose selector wants several rounds becomes a
+        loop that starts every round from where it began."""
+        found = []
+        for entry in self.recipe.stage_list():
+            anew = entry.start == "base" and not entry.loop
+            rounds = 1 if entry.loop or not entry.recipe.select else int(getattr(entry.recipe.select[0].build(), "rounds", 1))
+            if rounds > 1:
+                entry = StageEntry(None, entry.name, "base", True, [entry.recipe], rounds)
+            found.append((entry, anew))
+        return found
 
     def _stage_folder(self, number: int, entry: Any, turn: int | None = None) -> Path:
         if len(self.recipe.stage_list()) == 1 and not entry.loop:
@@ -163,21 +177,23 @@ class _Runner:
         path = stage.run(resume)
         self.store = stage.store
         self.facts.append({"stage": folder.name, **stage.facts})
+        self.models["previous"] = self._lazy(path)
+        return path
+
+    def _lazy(self, spec: Any) -> Any:
+        """A reference model: copied now if it exists in memory only, else loaded when it is asked for."""
         from luthier.core.models import load
 
-        self.models["previous"] = lambda: load(path).frozen_copy()
-        return path
+        from luthier.core.stage import frozen
+
+        return spec.frozen_copy() if hasattr(spec, "network") else lambda: frozen(load(spec, device=self.recipe.train.device))
 
     def _loop(self, number: int, entry: Any, start: Any, resume: bool) -> Path:
         """Stages that repeat, each round from the round before or anew from the loop's start."""
-        from luthier.core.models import load
-
         last = start
         for turn in range(entry.times):
-            here = start if entry.start == "base" else last
-            current = here
-            opponent = last
-            self.models["round"] = opponent.frozen_copy() if hasattr(opponent, "network") else (lambda p=opponent: load(p).frozen_copy())
+            current = start if entry.start == "base" else last
+            self.models["round"] = self._lazy(last)
             for place, recipe in enumerate(entry.recipes):
                 folder = self._stage_folder(number, entry, turn)
                 if len(entry.recipes) > 1:
@@ -226,7 +242,7 @@ class _Runner:
     def _measured(self, model: Any, when: str = "after") -> dict[str, Any]:
         from luthier.core.models import load
 
-        family = model if hasattr(model, "network") else load(model)
+        family = model if hasattr(model, "network") else load(model, device=self.recipe.train.device)
         if when == "after":
             family = _decoded(self.recipe, family, self.models)
         models = {"stage": self.models["base"], **self.models}
@@ -280,7 +296,7 @@ def _decoded(recipe: Recipe, family: Any, models: Mapping[str, Any]) -> Any:
         return family
     from luthier.core.models import load
 
-    others = dict(models) or {name: (lambda spec=spec: load(spec)) for name, spec in recipe.models.items()}
+    others = dict(models) or {name: (lambda spec=recipe.model_spec(name): load(spec)) for name in recipe.models}
     ctx = Context(family, recipe.train.seed, models=others)
     return recipe.decode[0].build().wrap({"model": family}, ctx)
 

@@ -193,7 +193,7 @@ def _named(axis: str, method: str, frame: Frame, place: Place) -> str:
     try:
         return catalog.find(axis, method).name
     except RecipeError as error:
-        raise frame.error(at, f"{frame.key(place)}: {error}") from error
+        raise frame.error(at, str(error)) from error
 
 
 def _check_extras(extras: dict[str, Any], frame: Frame, place: Place) -> None:

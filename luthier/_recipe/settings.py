@@ -71,7 +71,7 @@ def _at_least(name: str, value: float | None, low: int) -> None:
         raise RecipeError(f"{name} is {value}; it must be at least {low}.")
 
 
-STREAMS = ("train", "test", "val", "general", "ood", "gold", "unlabelled", "calibration", "target", "reference")
+STREAMS = ("train", "test", "val", "general", "ood", "gold", "unlabelled", "calibration", "target")
 """Row streams that methods commonly ask for; a recipe may name more."""
 OTHER_WORDS = {"validation": "val", "valid": "val", "dev": "val", "eval": "test", "unlabeled": "unlabelled"}
 

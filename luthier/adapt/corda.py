@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -113,8 +114,6 @@ class CorDA(MovedBase):
         return self.lora(model, init_lora_weights="corda", corda_config=CordaConfig(corda_method=self.mode))
 
     def before(self, model: Family, config: Any, ctx: Context | None) -> None:
-        from peft.tuners.lora.corda import CordaEigens
-
         layers = linear_layers(model.network, head=True)
         targets = config.target_modules
         chosen = {n: m for n, m in layers.items() if any(n == t or n.endswith(f".{t}") for t in targets)}
@@ -127,7 +126,7 @@ class CorDA(MovedBase):
             weight = layer.weight if isinstance(layer, torch.nn.Linear) else layer.weight.T
             u, s, vh, self.report[name] = decompose(weight, contexts.get(name), self.damp)
             u, s, vh = (x.float().contiguous() for x in _chosen(u, s, vh, self.rank, self.mode))
-            layer.eigens = CordaEigens(S_WC=s, U_WC=u, V_WC=vh.T.contiguous())
+            layer.eigens = SimpleNamespace(S_WC=s, U_WC=u, V_WC=vh.T.contiguous())  # what peft's corda_init reads and removes
         top = max(self.report.values(), default=0.0)
         if ctx is not None:
             ctx.log(**{"corda/damp": top})

@@ -21,17 +21,17 @@ class Velora(LoraLike):
     The input of A is cut into groups, each projected on one vector; the backward pass uses the reconstruction, so the gradient of A
     is approximate while the forward pass is LoRA's."""
 
-    groups: int = 64
+    sub_tokens: int = 64
     """Sub-tokens that the input is cut into (the largest divisor of its width up to this)."""
     start: Literal["batch_average", "batch_average_once", "random"] = "batch_average"
     """Where the projection comes from."""
     reconstruction: float = 1.0
     """Scale of the reconstructed activations."""
 
-    positive = ("rank", "alpha", "groups", "reconstruction",)
+    positive = ("rank", "alpha", "sub_tokens", "reconstruction",)
 
     def config(self, model: Family, ctx: Context | None = None) -> Any:
         from peft.tuners.lora import VeloraConfig
 
-        number = self.block(model, self.groups, "in")
+        number = self.block(model, self.sub_tokens, "in")
         return self.lora(model, velora_config=VeloraConfig(num_groups=number, scale=self.reconstruction, init_type=self.start))

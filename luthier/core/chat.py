@@ -182,7 +182,8 @@ class Conversation:
         after = self.full if turn == len(self.messages) - 1 else self.rendered(self.messages[: turn + 1])
         if before is None or after is None or len(after) <= len(before) or not self.full.startswith(after):
             return None
-        return len(before), self._trimmed(len(before), self._ended(len(after)))
+        trimmed = self._trimmed(len(before), len(after))
+        return len(before), trimmed if trimmed < len(after) else self._trimmed(len(before), self._ended(len(after)))
 
     def _before(self, turn: int) -> str | None:
         """The text up to where the turn's own words begin, if the full text begins with it."""
@@ -206,16 +207,14 @@ class Conversation:
             return None
         start, end = len(head), len(full) - len(tail)
         kept = full[start:end].strip()
-        if not kept or kept not in content:
+        if kept not in content:  # nothing may be left of it: a turn that was all thought
             return None
         before = self._before(turn)
         start = len(before) if before is not None and len(before) <= start else start
         return start, self._trimmed(start, self._ended(end))
 
     def _ended(self, end: int) -> int:
-        """The end of a span, with the end-of-turn token that follows it, if one does and it is not yet inside."""
-        if not self._ends or self.full[:end].rstrip().endswith(self._ends):
-            return end
+        """The end of a span, with the end-of-turn token that follows it, if one does."""
         rest = self.full[end:]
         space = len(rest) - len(rest.lstrip())
         return next((end + space + len(e) for e in self._ends if rest.startswith(e, space)), end)

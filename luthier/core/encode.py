@@ -50,9 +50,10 @@ def encode(
     made = memory.pop(key, None)
     if made is None:
         made = _encode(example, tokenizer, train_on, max_length, too_long, where)
-    memory[key] = made  # the youngest is last
-    while len(memory) > REMEMBERED:
-        del memory[next(iter(memory))]
+    if sum(len(ids) for _, ids, _ in made) <= LONGEST_REMEMBERED:
+        memory[key] = made  # the youngest is last
+        while len(memory) > REMEMBERED:
+            del memory[next(iter(memory))]
     return [Sequence(ids.copy(), mask.copy(), row=row, branch=branch) for branch, ids, mask in made]
 
 
@@ -77,8 +78,8 @@ def _encode(example: Mapping[str, Any], tokenizer: Any, train_on: str, max_lengt
 
 # -- what was encoded lately -------------------------------------------------------------------------------------------------
 
-REMEMBERED = 20_000
-"""Rows that are not tokenised again in the next epoch."""
+REMEMBERED, LONGEST_REMEMBERED = 20_000, 1024
+"""So many rows of at most so many tokens are not tokenised again in the next epoch."""
 READ = (
     "messages", "prompt", "completion", "chosen", "rejected", "text", "text_pair", "anchor", "positive", "system", "plain", "tools",
     "chat_template_kwargs", "max_length",

@@ -28,10 +28,9 @@ from luthier.core.rowscores import RowScores
 from luthier.errors import RecipeError, TrainingError
 
 if TYPE_CHECKING:
-    from luthier.recipe import Train
-
     from luthier.core.batch import Batch
     from luthier.core.families import Family
+    from luthier.recipe import Train
 
 
 @dataclass
@@ -306,14 +305,14 @@ class Engine:
         self._record(step, fresh, time.monotonic() - began)
         return step
 
-    def _micro_batches(self, batches: dict[Any, tuple[list[tuple[Any, float]], Batch]]) -> list[tuple[list[tuple[Any, float]], Batch, int]]:
+    def _micro_batches(self, batches: dict[Any, tuple[list[tuple[Any, float]], Batch]], prepare: bool = True) -> list[tuple[list[tuple[Any, float]], Batch, int]]:
         """(objectives, micro-batch, which batch it is part of)."""
         made = []
         for number, (key, (objectives, batch)) in enumerate(batches.items()):
             if not objectives or not len(batch):
                 continue
             for plugin in self.plan.plugins:
-                if getattr(type(plugin), "collate", key) is key:
+                if prepare and getattr(type(plugin), "collate", key) is key:
                     batch = plugin.prepare(batch, self.ctx)
             whole = any(o.whole_batch for o, _ in objectives)
             tokens = None if whole else self.train.tokens_per_micro_batch
@@ -431,7 +430,22 @@ class Engine:
                 with self.folded(), self.model.evaluating():
                     found = measure.measure(self.model, self.ctx.streams.get("test"), self.ctx)
                 line |= {f"{measure.name}/{k}": v for k, v in found.numbers.items()}
+        if self.train.eval_every and self.ctx.clock.step % self.train.eval_every == 0 and self.ctx.has_rows("val"):
+            line["val_loss"] = self.validate()
         self.journal.write(line, every=self.train.log_every)
+
+    def validate(self) -> float:
+        """The objectives' loss on the validation rows, without gradient."""
+        rows, total, number = self.ctx.rows("val"), 0.0, 0
+        with self.folded(), self.model.evaluating():
+            for start in range(0, len(rows), self.train.batch):
+                part = [rows[i] for i in range(start, min(len(rows), start + self.train.batch))]
+                losses: dict[str, float] = {}
+                micro = self._micro_batches(self._collate(part, np.arange(len(part))), prepare=False)
+                for (objectives, batch, _), count in zip(micro, self._counts(micro)):
+                    self._one_pass(objectives, batch, count, losses, grad=False)
+                total, number = total + losses.get("loss", 0.0) * len(part), number + len(part)
+        return total / max(1, number)
 
     @contextmanager
     def folded(self) -> Iterator[Family]:

@@ -127,7 +127,7 @@ class ModelMap:
         return found
 
     def tower_of(self, name: str) -> str:
-        return block_index(name)[1] or block_index(name + ".layers.0.")[1]
+        return block_index(name)[1]
 
     def block_of(self, name: str) -> int | None:
         """The place in `blocks` of the block that a parameter or module belongs to."""

@@ -13,18 +13,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from luthier.core.models import load, load_state, save_network
-from luthier.core.rows import Rows
 
 from luthier.core import checkpoint
 from luthier.core.context import Context
 from luthier.core.engine import Engine, Outcome, Plan
 from luthier.core.journal import Journal
+from luthier.core.rows import Rows
 from luthier.errors import RecipeError, UserError
 
 if TYPE_CHECKING:
-    from luthier.recipe import Recipe
-
     from luthier.core.families import Family
+    from luthier.recipe import Recipe
 
 
 @dataclass
@@ -55,7 +54,7 @@ class Stage:
             self._load_end()
             return target
         torch.manual_seed(self.seed)
-        family = self.start if hasattr(self.start, "network") else load(self.start)
+        family = self.start if hasattr(self.start, "network") else load(self.start, device=self.recipe.train.device)
         for notice in getattr(family, "notices", []):
             self._say(notice)
         ctx = self._context(family)
@@ -63,7 +62,7 @@ class Stage:
         plan = self.plan(family, rows)
         outcome = self._train(plan, ctx, resume)
         self._finish(plan, ctx, target)
-        self.facts["outcome"] = {k: v for k, v in vars(outcome).items()}
+        self.facts["outcome"] = dict(vars(outcome))
         self._save_end(ctx)
         return target
 
@@ -82,8 +81,8 @@ class Stage:
         """The model at the stage's start: loaded again when asked for, or copied now if it exists in memory only."""
         if hasattr(self.start, "network"):
             return family.frozen_copy()
-        start = self.start
-        return lambda: load(start).frozen_copy()
+        start, device = self.start, self.recipe.train.device
+        return lambda: frozen(load(start, device=device))
 
     # -- rows ------------------------------------------------------------------------------------------------------------
     def _rows(self, ctx: Context, resume: bool) -> Rows:
@@ -126,7 +125,7 @@ class Stage:
             return rows
         assert isinstance(self.selector, Plugin)
         with ctx.current.evaluating():  # type: ignore[union-attr]
-            picks = self.selector.select(rows, self.recipe.select[0].options.get("budget", self.recipe.budget), ctx)
+            picks = self.selector.select(rows, self.recipe.budget, ctx)
         chosen = rows.take(picks.indices)
         if picks.weights is not None:
             chosen = Rows([{**r, "weight": float(w)} for r, w in zip(chosen, picks.weights)], ids=chosen.ids, name="train", source=rows.source)
@@ -139,7 +138,9 @@ class Stage:
         recipe = self.recipe
         if not hasattr(self, "selector"):
             self.selector = recipe.select[0].build() if recipe.select else None
-        objectives = [(c.build(), float(c.options.get("weight", 1.0)) if "weight" in c.options else c.weight) for c in recipe.objective_for(family.kind, rows.kind)]
+        if hasattr(family, "fit_to"):
+            family.fit_to(rows, recipe.train.seed)
+        objectives = [(c.build(), c.weight) for c in recipe.objective_for(family.kind, rows.kind)]
         for objective, _ in objectives:
             self._fits(objective, family, rows)
         measures = [c.build() for c in recipe.measure]
@@ -181,8 +182,7 @@ class Stage:
                 family = plain(family)
             merger = recipe.merge[0].build()
             base, tuned = self._merge_inputs(family, ctx)
-            merged = {k: v for k, v in merger.merge(base, tuned, ctx).items()}
-            load_state(family, merged)
+            load_state(family, dict(merger.merge(base, tuned, ctx).items()))
         for compressor in plan.others:
             family = compressor.compress(family, ctx) or family
             self.facts.setdefault("compress", []).append(_plain(getattr(compressor, "report", {})))
@@ -201,15 +201,17 @@ class Stage:
         writing.rename(target)
 
     def _merge_inputs(self, family: Family, ctx: Context) -> tuple[Any, list[Any]]:
+        """The base's state dict, and those of everything that `of` names: "this", a model of the recipe, a run or a folder."""
         this = {k: v.detach().clone() for k, v in family.network.state_dict().items()}
-        base = ctx.model("base").network.state_dict()
-        named = self.recipe.merge[0].options.get("of") or self.recipe.merge_of or ["base", "this"]
-        tuned = [this if n == "this" else self.models[n].network.state_dict() if n in self.models and hasattr(self.models[n], "network") else plain(load(self._path_of(n))).network.state_dict() for n in named if n != "base"]
-        return base, tuned or [this]
+        names = self.recipe.merge_of or ["base", "this"]
+        tuned = [this if name == "this" else self._state_of(name, ctx) for name in names if name != "base"]
+        return ctx.model("base").network.state_dict(), tuned or [this]
 
-    def _path_of(self, name: str) -> Any:
-        folder = Path(name)
-        return folder / "model" if (folder / "model").is_dir() else name
+    def _state_of(self, name: str, ctx: Context) -> Mapping[str, Any]:
+        if ctx.has_model(name):
+            return ctx.model(name).network.state_dict()
+        folder = self.recipe.frame.path(name)
+        return plain(load(folder / "model" if (folder / "model").is_dir() else name)).network.state_dict()
 
     # -- what the next stage continues from ------------------------------------------------------------------------------
     def _save_end(self, ctx: Context) -> None:
@@ -252,6 +254,13 @@ class Evaluator:
                     hit = family.classify(batch).argmax(-1).cpu() == batch.tensors["labels"].cpu()
                     total, number = total + float(hit.sum()), number + len(hit)
         return total / max(1.0, number)
+
+
+def frozen(family: Family) -> Family:
+    """A model that was just loaded, as a reference: eval mode, no gradients."""
+    for module in (family.network, *family.modules.values()):
+        module.eval().requires_grad_(False)
+    return family
 
 
 def plain(family: Family) -> Family:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import re
 
 import numpy as np
 
@@ -146,6 +147,28 @@ def facts(graph: Graph) -> set[tuple]:
         if relation(a, b):
             found.add((relation(a, b), a["color"], a["shape"], b["color"], b["shape"]))
     return found
+
+
+def _any(words: list[str] | tuple[str, ...]) -> str:
+    return f"(?:{'|'.join(words)})"
+
+
+_NAME = f"{_any(COLORS)} {_any([*SHAPES, 'spiral', 'hat'])}"
+_PHRASE = f"a (?:{_any(SIZES)} )?{_any(COLORS)} (?:{_any([*TEXTURES, 'checker'])} )?{_any([*SHAPES, 'spiral', 'hat'])}(?: with a border)?"
+_PLACE = "(?:(?:top|bottom)(?: left| right)?|left|right|middle)"
+_SENTENCES = [
+    f"{_PHRASE}(?: {_any([*RELATIONS, 'and'])} {_PHRASE})*(?: at the {_PLACE})?(?: on a {_any(BACKGROUNDS)} background)?",
+    f"the background is {_any(BACKGROUNDS)}",
+    f"there is {_PHRASE} at the {_PLACE}",
+    f"the {_NAME} is {_any(RELATIONS)} the {_NAME}",
+    f"it shows {_any(NUMBERS)} objects?",
+]
+_CAPTION = re.compile(f"{_SENTENCES[0]}|(?:{_any(_SENTENCES[1:])} \\. )*{_any(_SENTENCES[1:])} \\.")
+
+
+def well_formed(text: str) -> bool:
+    """Is the text a short or full caption, or sentences of a paragraph?"""
+    return _CAPTION.fullmatch(text) is not None
 
 
 def read_caption(text: str) -> tuple[set[tuple], list[str]]:

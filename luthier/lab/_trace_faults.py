@@ -141,6 +141,6 @@ def add_demos(rows: list[dict], pool: list[dict], rng: np.random.Generator, coun
     for row in pool:
         by_skill.setdefault(row["meta"]["skill"], []).append(f"example : {row['prompt']} {row['completion']} .")
     for row in rows if count else []:
-        examples = [e for e in by_skill.get(row["meta"]["skill"], []) if row["prompt"] not in e]
+        examples = [e for e in by_skill.get(row["meta"]["skill"], []) if not e.startswith(f"example : {row['prompt']} ")]
         row["meta"]["question"] = row["prompt"]
         row["prompt"] = " ".join([*(pick(rng, examples) for _ in range(count if examples else 0)), row["prompt"]])

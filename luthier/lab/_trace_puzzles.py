@@ -143,5 +143,14 @@ def solve_reach(body: str) -> tuple[list[str], str]:
 def valid_reach(body: str, answer: str) -> bool:
     digits, target = _reach_parts(body)
     operations = answer.split()
-    known = all(operation in "+-*" for operation in operations)
+    known = all(operation in ("+", "-", "*") for operation in operations)
     return known and len(operations) == len(digits) - 1 and _value(digits, operations) == target
+
+
+def true_trial(body: str, step: str) -> bool:
+    """Is `+ - = 3` what these operations give for the digits of the body?"""
+    operations, _, value = step.partition(" = ")
+    digits, _ = _reach_parts(body)
+    parts = operations.split()
+    known = len(parts) == len(digits) - 1 and all(part in ("+", "-", "*") for part in parts)
+    return known and value == str(_value(digits, parts))

@@ -60,7 +60,7 @@ def completion(skill: str, body: str, solved: Solved, style: str = "1", with_sta
     if style == "2":
         return " , ".join(equations(body, states) if chain else states) + f" , so {answer}"
     if style == "terse":
-        return " ".join(states[:-1] if chain else states) + f" # {answer}"
+        return " ".join([*(states[:-1] if chain else states), f"# {answer}"])
     if style in ("fine", "redundant") and chain:
         states = equations(body, states) if style == "fine" else remaining(body, states)
     return " ; ".join([*states, f"# {answer}"])
@@ -104,8 +104,8 @@ def read_states(skill: str, trace: str, style: str) -> list[str]:
 
 
 def claimed_pairs(skill: str, body: str, rest: str) -> bool:
-    """Is every practice answer `key = value` of a multi-question row right?"""
-    for part in (p.strip() for p in rest.split(" ; ") if p.strip()):
+    """Is every practice answer `key = value` behind the first answer of a multi-question row right?"""
+    for part in rest.split(" ; "):
         key, mark, value = part.partition(" = ")
         right = table_of(body)[0].get(key) if skill == "lookup" else str(body.split(" : ")[0].split().count(key))
         if not mark or value != right:

@@ -254,6 +254,8 @@ def verify(row: dict, answer: str) -> Verdict:
     recall = len(true & wanted) / len(wanted)
     score = 2 * precision * recall / (precision + recall) if precision + recall else 0.0
     parsed = {"precision": precision, "recall": recall, "claimed": claimed, "unread": unread}
+    if score == 1 and not graphs.well_formed(said):
+        return Verdict(0.99, parsed, "all facts are right, but the sentence is not well formed")
     return Verdict(min(1.0, score), parsed, "" if score == 1 else f"precision {precision:.2f}, recall {recall:.2f}")
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from luthier.errors import DataError
 from luthier.lab import _trace_faults as faults
 from luthier.lab import _trace_text as trace
+from luthier.lab._trace_puzzles import true_trial
 from luthier.lab._trace_skills import BASE, SKILLS, Skill
 from luthier.lab.general import general_probe
 from luthier.lab.splits import Splits, Verdict, as_list, generator, one_of, pick, share, side
@@ -141,8 +142,16 @@ def _set_mode(row: dict, mode: str) -> None:
     states = trace.add_columns(meta["body"]) if meta["skill"] == "add" else meta["states"]
     meta.update(mode=mode, states=states, traced=bool(states) and mode == "trace", style="1")
     row["prompt"] = f"{mode} {row['prompt']}"
-    thought = f"<think> {' ; '.join(states)} </think> " if mode == "trace" else ""
-    row["completion"] = f"{thought}# {meta['answer']}"
+    row["completion"] = written(meta, meta["answer"])
+
+
+def written(meta: dict, final: str) -> str:
+    """The one right way to write down an answer to this question, in the row's style or mode."""
+    name, body, states = meta["skill"], meta["body"], meta["states"]
+    traced = meta.get("traced", bool(states))
+    if "mode" in meta:
+        return f"<think> {' ; '.join(states)} </think> # {final}" if meta["mode"] == "trace" else f"# {final}"
+    return trace.completion(name, body, (states, final), meta["style"], traced)
 
 
 def verify(row: dict, answer: str) -> Verdict:
@@ -157,28 +166,19 @@ def verify(row: dict, answer: str) -> Verdict:
         return Verdict(float(right), answer, "" if right else f"'{meta['answer']}' was expected")
     name, body = meta["skill"], meta["body"]
     final, rest = trace.final(answer)
-    claimed = trace.read_states(name, rest, meta["style"]) if meta.get("traced") else []
+    claimed = trace.read_states(name, rest, meta["style"]) if meta.get("traced", meta["states"]) else []
     parsed = {"final": final, "states": claimed, "final_right": trace.right_answer(name, body, final)}
     if not parsed["final_right"]:
         return Verdict(0.0, parsed, f"the answer '{final}' is wrong")
-    return _judge_trace(meta, rest, claimed, parsed)
+    expected = written(meta, final)
+    practised = answer.startswith(f"{expected} ; ") and name in ("lookup", "count") and trace.claimed_pairs(name, body, answer[len(expected) + 3 :])
+    if answer == expected or practised or _other_trials(meta, final, claimed, answer):
+        return Verdict(1.0, parsed)
+    return Verdict(0.5, parsed, "the answer is right, but a state or the format is wrong")
 
 
-def _judge_trace(meta: dict, rest: str, claimed: list[str], parsed: dict) -> Verdict:
-    name, body = meta["skill"], meta["body"]
-    if meta.get("traced"):
-        gold = [*meta["states"][:-1]] if meta["style"] == "terse" and name == "chain" else meta["states"]
-        same = " ".join(claimed) == " ".join(gold) and _written_right(meta, rest)
-        return Verdict(1.0, parsed) if same else Verdict(0.5, parsed, "a state is wrong or missing")
-    if rest and name in ("lookup", "count") and not trace.claimed_pairs(name, body, rest):
-        return Verdict(0.5, parsed, "a practice answer is wrong")
-    return Verdict(1.0, parsed)
-
-
-def _written_right(meta: dict, rest: str) -> bool:
-    """In styles that write equations, is the whole step right and not only its last number?"""
-    if meta["skill"] != "chain" or meta["style"] not in ("2", "fine", "redundant"):
-        return True
-    written = trace.remaining if meta["style"] == "redundant" else trace.equations
-    steps = [step for step in rest.replace(" , ", " ; ").split(" ; ") if step]
-    return steps == written(meta["body"], meta["states"])
+def _other_trials(meta: dict, final: str, claimed: list[str], answer: str) -> bool:
+    """`reach` may be solved after other failed trials than the solver's, as long as each is told truly."""
+    if meta["skill"] != "reach" or not meta.get("traced") or meta["style"] not in ("1", "fine", "redundant"):
+        return False
+    return answer == " ; ".join([*claimed, f"# {final}"]) and all(true_trial(meta["body"], step) for step in claimed)

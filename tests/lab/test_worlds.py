@@ -59,8 +59,8 @@ def test_contexts_are_of_their_kind():
 
 
 def test_phoneme_distance_and_tenants():
-    assert edit_distance("K AE1 T".split(), "K AE1 T S".split()) == 1 and edit_distance([], ["K"]) == 1
-    assert dict(entries())["cable"] == tuple("K EY1 B AH0 L".split())
+    assert edit_distance(["K", "AE1", "T"], ["K", "AE1", "T", "S"]) == 1 and edit_distance([], ["K"]) == 1
+    assert dict(entries())["aachen"] == ("AA1", "K", "AH0", "N")
     answers = [lab.make("sounds", tenant=str(t), n=200).train for t in range(6)]
     assert all(any(row["completion"] != base["completion"] for row, base in zip(rows, answers[0])) for rows in answers[1:])
     assert not any(ch.isdigit() for row in answers[2] for ch in row["completion"])

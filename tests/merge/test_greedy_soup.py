@@ -68,5 +68,5 @@ def test_the_method_scores_by_the_context():
 
 @pytest.mark.parametrize("ctx", [None, Context()])
 def test_without_validation_rows_it_says_what_to_do(ctx):
-    with pytest.raises(RecipeError, match="data: {val: FILE}"):
+    with pytest.raises(RecipeError, match=r"data: \{val: FILE\}"):
         GreedySoup().merge(None, points([1.0, 2.0]), ctx)

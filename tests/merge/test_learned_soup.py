@@ -132,7 +132,7 @@ def test_rows_without_supervised_tokens_do_no_harm():
 def test_bad_input(state):
     with pytest.raises(RecipeError, match="`lr` of learned-soup is 0"):
         LearnedSoup(lr=0)
-    with pytest.raises(RecipeError, match="data: {val: FILE}"):
+    with pytest.raises(RecipeError, match=r"data: \{val: FILE\}"):
         LearnedSoup().merge(None, [state(1)])
     ctx = Context(Toy(network(0), None), streams={"val": rows()})
     with pytest.raises(ModelError, match="not in the checkpoints"):

@@ -51,7 +51,7 @@ def test_heads_stay_the_bases(state):
     tuned["embed.weight"] = torch.zeros(2, 2)
     merged = TaskArithmetic(skip=["embed"]).merge(base, tuned)
     assert torch.equal(merged["embed.weight"], base["embed.weight"])
-    with pytest.raises(ModelError, match="'embed.weight'"):
+    with pytest.raises(ModelError, match=r"'embed\.weight'"):
         TaskArithmetic().merge(base, tuned)
 
 

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from luthier.adapt import Adapter
 from luthier.core.batch import Batch, Sequence
+from luthier.core.context import Context
+from luthier.core.engine import Engine, Plan
+from luthier.core.journal import Journal
+from luthier.core.plugin import Group, Parts
+from luthier.optimize import Optimizer, torch_groups
 
 
 def sequence(ids: Any, prompt: int, row: int = 0, branch: str = "completion", **data: Any) -> Sequence:
@@ -54,3 +61,28 @@ def gradients(family: Any, value: Tensor) -> list[Tensor]:
     family.network.zero_grad()
     value.backward()
     return [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in family.network.parameters()]
+
+
+class Everything(Adapter):
+    axis, name = "adapt", "everything"
+
+    def attach(self, model: Any, ctx: Any = None) -> Parts:
+        return Parts([Group("body", dict(model.network.named_parameters()))])
+
+
+class Adam(Optimizer):
+    axis, name, lr = "optimize", "adam", 3e-3
+
+    def build(self, groups: Any, ctx: Any = None) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(torch_groups(groups, self.lr), lr=self.lr)
+
+
+def engine(family: Any, objectives: list[Any], rows: list[dict], ctx: Context, folder: Any = None, **changes: Any) -> Engine:
+    """The training loop over `rows`, all weights moving, a few steps."""
+    settings = {
+        "epochs": 1, "steps": 4, "batch": 4, "tokens_per_micro_batch": 64, "seed": 0, "schedule": "constant", "warmup": 0.0, "clip": 1.0,
+        "precision": "fp32", "gradient_checkpointing": False, "reuse": 1, "save_every": 0, "keep": 2, "log_every": 1,
+    }  # fmt: skip
+    plan = Plan(family, rows, [(o, 1.0) for o in objectives], Adam(), [Everything()])
+    ctx.streams.setdefault("train", rows)
+    return Engine(plan, SimpleNamespace(**settings | changes), ctx, folder, Journal(folder / "metrics.jsonl" if folder else None))
