@@ -212,8 +212,8 @@ def _known(values: Any, known: tuple[str, ...], frame: Frame, place: source.Plac
     for key in values:
         if key not in known:
             where = f"{frame.key(place)}.{key}" if place else f"{frame.label}{key}"
-            axis = next((f" It is a method of the axis '{e.axis}': {e.axis}: {e.name}." for e in catalog.entries() if e.name == key), "")
-            raise frame.error((*place, key), f"{where} is no key of a recipe.{nearest(key, known) or axis or ' The keys are: ' + ', '.join(known) + '.'}")
+            axis = next((f" It is a method; write `{e.axis}: {e.name}`." for e in catalog.entries() if e.name == key), "")
+            raise frame.error((*place, key), f"{where} is no key of a recipe.{axis or nearest(key, known) or ' The keys are: ' + ', '.join(known) + '.'}")
 
 
 def _text(raw: Mapping[str, Any], key: str, frame: Frame) -> str | None:

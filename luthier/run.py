@@ -294,9 +294,11 @@ def _decoded(recipe: Recipe, family: Any, models: Mapping[str, Any]) -> Any:
     """The family with the recipe's decoder around it."""
     if not recipe.decode:
         return family
+    import functools
+
     from luthier.core.models import load
 
-    others = dict(models) or {name: (lambda spec=recipe.model_spec(name): load(spec)) for name in recipe.models}
+    others = dict(models) or {name: functools.partial(load, recipe.model_spec(name)) for name in recipe.models}
     ctx = Context(family, recipe.train.seed, models=others)
     return recipe.decode[0].build().wrap({"model": family}, ctx)
 

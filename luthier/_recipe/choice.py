@@ -49,7 +49,8 @@ class Frame:
         try:
             return fit(value, hint)
         except Misfit as misfit:
-            raise self.error(place, f"{self.key(place)} is {shown(value)}; it must be {misfit}.") from misfit
+            end = "" if str(misfit).endswith("?") else "."
+            raise self.error(place, f"{self.key(place)} is {shown(value)}; it must be {misfit}{end}") from misfit
 
     def path(self, text: str) -> Path:
         """A path as the recipe writes it, from its folder."""

@@ -84,8 +84,8 @@ def _choice(value: Any, choices: tuple[Any, ...]) -> Any:
         for word in ("on", "yes") if value else ("off", "no"):
             if word in choices:
                 return word
-    shown = ", ".join(map(str, choices))
-    raise Misfit(f"one of {shown}.{nearest(str(value), [str(c) for c in choices])}".rstrip("."))
+    near = nearest(str(value), [str(c) for c in choices])
+    raise Misfit("one of " + ", ".join(map(str, choices)) + (f".{near}" if near else ""))
 
 
 def _union(value: Any, hints: tuple[Any, ...], lenient: bool) -> Any:

@@ -90,6 +90,8 @@ class Data:
     """Which tokens are supervised."""
     max_length: int | None = None
     """Tokens a row may have."""
+    too_long: Literal["stop", "skip", "cut"] = "stop"
+    """What becomes of longer rows: refused, set aside and counted, or cut."""
     limit: int | None = None
     """How many rows of a stream are read at most."""
     holdout: int | float | None = None

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from luthier.adapt import Adapter
 from luthier.core.collect import linear_layers
 from luthier.core.plugin import Group, Parts
-from luthier.errors import ModelError, RecipeError
+from luthier.errors import ModelError, RecipeError, nearest
 
 if TYPE_CHECKING:
     from luthier.core.context import Context
@@ -63,6 +63,22 @@ def heads(network: nn.Module) -> list[str]:
     if not any(word in type(network).__name__ for word in ("Classification", "Regression", "QuestionAnswering")):
         return []
     return [n for n, child in network.named_children() if child is not backbone and any(True for _ in child.parameters())]
+
+
+def target_layers(network: nn.Module, targets: list[str], skip: Iterable[str] = ()) -> dict[str, nn.Module]:
+    """The linear layers that `targets` names: by the end of their name, or all but the head (`all-linear`), none below `skip`."""
+    if targets != [ALL_LINEAR]:
+        layers = linear_layers(network, head=True)
+        for target in targets:
+            if not any(_ends(n, target) for n in layers):
+                raise ModelError(f"The network has no linear layer '{target}'.{nearest(target, {n.rpartition('.')[2] for n in layers})}")
+        return {n: m for n, m in layers.items() if any(_ends(n, t) for t in targets)}
+    skip = tuple(skip)
+    return {n: m for n, m in linear_layers(network).items() if not any(_ends(n, s) or n.startswith(f"{s}.") for s in skip)}
+
+
+def _ends(name: str, end: str) -> bool:
+    return name == end or name.endswith(f".{end}")
 
 
 def side_sizes(layer: nn.Module) -> tuple[int, int]:
@@ -205,16 +221,11 @@ class Targeted(PeftAdapter):
 
     def layers(self, model: Family) -> list[str]:
         """The targets, by name."""
-        if self.targets != [ALL_LINEAR]:
-            return list(self.targets)
-        skip = tuple(self.whole(model))
-        return [n for n in linear_layers(model.network) if not any(n == s or n.startswith(f"{s}.") or n.endswith(f".{s}") for s in skip)]
+        return list(target_layers(model.network, self.targets, self.whole(model))) if self.targets == [ALL_LINEAR] else list(self.targets)
 
     def sizes(self, model: Family) -> list[tuple[int, int]]:
         """(outputs, inputs) of every targeted linear layer."""
-        names = self.layers(model)
-        layers = linear_layers(model.network, head=True)
-        return [side_sizes(m) for n, m in layers.items() if any(n == t or n.endswith(f".{t}") for t in names)]
+        return [side_sizes(m) for m in target_layers(model.network, self.targets, self.whole(model)).values()]
 
     def block(self, model: Family, wanted: int, sides: Literal["in", "out", "both"] = "both") -> int:
         """The largest block size up to `wanted` that fits every target."""

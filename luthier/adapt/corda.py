@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from luthier.adapt._shared import MovedBase, calibration_rows, side_sizes
+from luthier.adapt._shared import MovedBase, calibration_rows, side_sizes, target_layers
 from luthier.catalog import register
-from luthier.core.collect import collect, linear_layers
+from luthier.core.collect import collect
 from luthier.errors import ModelError, RecipeError
 
 if TYPE_CHECKING:
@@ -114,9 +114,7 @@ class CorDA(MovedBase):
         return self.lora(model, init_lora_weights="corda", corda_config=CordaConfig(corda_method=self.mode))
 
     def before(self, model: Family, config: Any, ctx: Context | None) -> None:
-        layers = linear_layers(model.network, head=True)
-        targets = config.target_modules
-        chosen = {n: m for n, m in layers.items() if any(n == t or n.endswith(f".{t}") for t in targets)}
+        chosen = target_layers(model.network, self.targets, self.whole(model))
         small = min((min(side_sizes(m)) for m in chosen.values()), default=0)
         if self.rank > small:
             raise RecipeError(f"'rank' is {self.rank}, but the smallest side of the targeted layers is {small}; lower it or name wider layers.")
@@ -128,10 +126,8 @@ class CorDA(MovedBase):
             u, s, vh = (x.float().contiguous() for x in _chosen(u, s, vh, self.rank, self.mode))
             layer.eigens = SimpleNamespace(S_WC=s, U_WC=u, V_WC=vh.T.contiguous())  # what peft's corda_init reads and removes
         top = max(self.report.values(), default=0.0)
-        if ctx is not None:
-            ctx.log(**{"corda/damp": top})
-            if top > self.damp:
-                ctx.notice(f"CorDA raised its damping to {top:g}: the calibration rows hardly span some layer's inputs. More rows orient it better.")
+        if ctx is not None and top > self.damp:
+            ctx.notice(f"CorDA raised its damping to {top:g}: the calibration rows hardly span some layer's inputs. More rows orient it better.")
 
     def contexts(self, model: Family, layers: dict[str, Any], ctx: Context | None) -> dict[str, Tensor]:
         """What each layer's decomposition is told of its inputs."""

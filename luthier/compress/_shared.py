@@ -7,6 +7,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -162,7 +163,8 @@ def load_packed(path: str | Path) -> dict[str, Tensor]:
     try:
         about = json.loads(files.metadata()["about"])
         streams = {k: files.read(f"packed.{k}").numpy() for k in ("unary", "rest", "signs")}
-        packed = Packed(**{**about, "shapes": [tuple(map(int, s)) for s in about["shapes"]]}, **streams)
+        parts: dict[str, Any] = {**about, **streams, "shapes": [tuple(map(int, s)) for s in about["shapes"]]}
+        packed = Packed(**parts)
         update = decode(packed)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ModelError(f"{path} is not a packed update: {error}.") from error

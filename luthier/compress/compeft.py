@@ -230,7 +230,7 @@ class ComPEFT(Compressor):
         beside = {**rest, **{n: t for n, t in done.items() if n not in vector}}
         raw = _bytes(beside)
         before = sum(given[n].numel() * given[n].element_size() for n in vector) + raw
-        report = {"entries": total, "kept": kept, "bytes_before": before}
+        report: dict[str, Any] = {"entries": total, "kept": kept, "bytes_before": before}
         if self.mode == "prune":
             after = sum(int(t.count_nonzero()) * (given[n].element_size() + 4) for n, t in vector.items()) + raw
         else:

@@ -54,6 +54,8 @@ ALIASES: dict[str, tuple[str, ...]] = {
 }
 """Other names of a column, most usual first."""
 OPTIONAL = {"pairs": ("negative",), "prompt-completion": ("system",), "preference": ("prompt", "system"), "prompt": ("system",)}
+TWO_TEXTS = (("sentence1", "sentence2"), ("premise", "hypothesis"), ("text1", "text2"), ("question1", "question2"), ("question", "sentence"), ("question", "passage"))
+"""Columns that with a label are one text in two parts, `text` and `text_pair`."""
 BESIDE_PROMPT = ("input", "context")
 """Columns that the alpaca format puts under an `instruction`."""
 PASSED_ON = frozenset({"weight", "id", "meta", "system", "tools", "plain", "max_length", "chat_template_kwargs", "negatives", "text_pair"})
@@ -101,11 +103,20 @@ def reading(columns: frozenset[str], explicit: frozenset[str] = frozenset()) -> 
     strong = [k for k in KINDS if k not in WEAK]
     for kinds, own_names in ((strong, True), (strong, False), (WEAK, True), (WEAK, False)):
         for kind in kinds:
-            if columns.issuperset(REQUIRED[kind]) if own_names else True:
-                found = _with_aliases(kind, columns)
-                if found is not None:
-                    return found
+            if own_names and not columns.issuperset(REQUIRED[kind]):
+                continue
+            found = (_two_texts(columns) if kind == "pairs" and not own_names else None) or _with_aliases(kind, columns)
+            if found is not None:
+                return found
     return None
+
+
+def _two_texts(columns: frozenset[str]) -> Reading | None:
+    pair = next((p for p in TWO_TEXTS if columns.issuperset(p)), None)
+    label = next((c for c in ("label", *ALIASES["label"]) if c in columns), None)
+    if pair is None or label is None:
+        return None
+    return Reading("text-label", ((pair[0], "text"), (pair[1], "text_pair"), *(((label, "label"),) if label != "label" else ())))
 
 
 def _with_aliases(kind: str, columns: frozenset[str]) -> Reading | None:
@@ -142,7 +153,7 @@ def read_row(record: Any, columns: Mapping[str, str] | None = None) -> tuple[dic
     row = _renamed(row, how)
     complaint = CHECKS[how.kind](row) or _check_beside(row)
     if complaint:
-        raise BadRow(complaint)
+        raise BadRow(str(complaint))
     return row, how
 
 
@@ -318,14 +329,14 @@ def _check_beside(row: Mapping[str, Any]) -> str | None:
     return _text_complaint(row["system"], "'system'") if "system" in row else None
 
 
-CHECKS: dict[str, Callable[[Mapping[str, Any]], str | None]] = {
+CHECKS: dict[str, Callable[[Mapping[str, Any]], str | bool | None]] = {
     "preference": _check_preference,
     "messages": lambda row: _check_messages(row["messages"], "'messages'", True),
     "prompt-completion": _check_completion,
     "pairs": _check_pair,
     "image-label": lambda row: _check_media(row, "image") or _check_label(row),
     "audio-label": lambda row: _check_media(row, "audio") or _check_label(row),
-    "text-label": lambda row: _check_text(row, "text") or _check_label(row),
+    "text-label": lambda row: _check_text(row, "text") or ("text_pair" in row and _check_text(row, "text_pair")) or _check_label(row),
     "image-text": lambda row: _check_media(row, "image") or _check_text(row, "text"),
     "text": lambda row: _check_text(row, "text"),
     "prompt": lambda row: _check_turn(row, "prompt", False),

@@ -60,7 +60,7 @@ def load_rows(
 
 def _records(spec: Any, name: str, base: str | Path | None) -> tuple[str, Iterator[Record], bool, Path | None]:
     """(source, records with their places, whether all values are text, the folder media files lie in)."""
-    if isinstance(spec, (list, tuple)) and spec and all(isinstance(s, (str, Path)) for s in spec):
+    if isinstance(spec, (list, tuple)) and _is_path(spec):
         opened = [_records(s, name, base) for s in spec]
         return ", ".join(o[0] for o in opened), (r for o in opened for r in o[1]), all(o[2] for o in opened), opened[0][3]
     if not isinstance(spec, (str, Path)):
@@ -78,6 +78,12 @@ def _records(spec: Any, name: str, base: str | Path | None) -> tuple[str, Iterat
     source = path.name
     records = (record for file in files for record in READERS[file.suffix.lower()](file))
     return source, records, all(f.suffix.lower() in (".csv", ".tsv") for f in files), files[0].parent
+
+
+def _is_path(spec: Any) -> bool:
+    """A path, or several."""
+    several = isinstance(spec, (list, tuple)) and bool(spec) and all(isinstance(s, (str, Path)) for s in spec)
+    return several or isinstance(spec, (str, Path))
 
 
 def _resolve(path: Path, base: str | Path | None) -> Path | None:
@@ -187,7 +193,7 @@ def _labels(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _with_media(row: dict[str, Any], folder: Path | None) -> dict[str, Any]:
-    """Image and audio file names as full paths; embedded images as uint8 arrays [height, width, 3]."""
+    """Image and audio file names as full paths; embedded images as uint8 arrays [height, width] or [height, width, 3]."""
     changed = {c: _media(row[c], c, folder) for c in MEDIA if c in row}
     return {**row, **changed} if changed else row
 
@@ -221,7 +227,7 @@ def _decoded(value: Any, column: str) -> Any:
         raise DataError("Pictures inside a data file need the package Pillow: pip install pillow.") from error
     try:
         picture = value if hasattr(value, "convert") else Image.open(io.BytesIO(value))
-        return np.asarray(picture.convert("RGB"))
+        return np.asarray(picture if picture.mode in ("L", "RGB") else picture.convert("RGB"))
     except Exception as error:  # Pillow raises many types on broken files
         raise BadRow(f"'{column}' is no readable picture ({type(error).__name__})") from error
 
@@ -306,7 +312,7 @@ def load_streams(data: Any, base: str | Path | None = None, tell: Callable[[str]
 
 def _stream(name: str, spec: Any, data: Mapping[str, Any], base: str | Path | None, settings: Mapping[str, Any]) -> dict[str, Rows]:
     """The streams that one entry gives: itself, and for `train` those that come with it and that no other entry names."""
-    if isinstance(spec, Mapping) and isinstance(spec.get("path"), (str, Path)):
+    if isinstance(spec, Mapping) and _is_path(spec.get("path")):
         settings = {**settings, **{k: v for k, v in spec.items() if k in ("columns", "on_error", "limit")}}
         spec = spec["path"]
     free = [s for s in ("test", "val", "ood", "general", "unlabelled") if data.get(s) is None]

@@ -115,7 +115,7 @@ def _of_mapping(x: Mapping[str, Any]) -> TensorSource:
     if not type(x).__module__.startswith(("builtins", "collections")):
         return TensorSource(x, read)
     names = [name for name, value in x.items() if isinstance(value, Tensor) or hasattr(value, "__array__")]
-    tensors = {name: x[name] for name in names if isinstance(x[name], Tensor)}
+    tensors: dict[str, Tensor] = {name: x[name] for name in names if isinstance(x[name], Tensor)}
 
     def meta(name: str) -> Meta | None:
         return (tuple(tensors[name].shape), tensors[name].dtype) if name in tensors else None
@@ -138,11 +138,13 @@ def _tied(tensors: Mapping[str, Tensor]) -> dict[str, str]:
 
 def _of_network(network: nn.Module) -> TensorSource:
     """A network's tensors under the names of the plain model: what peft put around it is merged in, in a copy."""
-    if not hasattr(network, "peft_config"):
+    configs: dict[str, Any] | None = getattr(network, "peft_config", None)
+    if configs is None:
         return _of_mapping(dict(network.state_dict()))
-    if not hasattr(network, "merge_and_unload") or any(getattr(c, "is_prompt_learning", False) for c in network.peft_config.values()):
+    if not hasattr(network, "merge_and_unload") or any(getattr(c, "is_prompt_learning", False) for c in configs.values()):
         raise ModelError("Prompts, prefixes and the like are not part of a model's weights, so this adapter cannot be merged into them.")
-    return _of_mapping(dict(copy.deepcopy(network).merge_and_unload().state_dict()))
+    twin: Any = copy.deepcopy(network)
+    return _of_mapping(dict(twin.merge_and_unload().state_dict()))
 
 
 def _of_path(path: Path, base: Any) -> TensorSource:

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -114,6 +114,15 @@ def count_of(k: int | float, n: int) -> int:
     return min(n, int(k * n) if isinstance(k, float) else int(k))
 
 
+def _between(scores: Mapping[str, Tensor], first: int, number: int) -> Callable[[str, Tensor], Tensor]:
+    """Masks of the ranks [first, first + number) of all scores."""
+    outer = cut(scores, first + number)
+    if first == 0:
+        return outer.mask
+    inner = cut(scores, first)
+    return lambda name, tensor: outer.mask(name, tensor) & ~inner.mask(name, tensor)
+
+
 def band_mask(scores: Tensor, first: int | float, number: int | float, rows: bool = False) -> Tensor:
     """The entries whose rank (0: the largest) lies in [first, first + number), of a tensor or of each of its rows.
 
@@ -124,8 +133,8 @@ def band_mask(scores: Tensor, first: int | float, number: int | float, rows: boo
     if not rows:
         n = scores.numel()
         start = count_of(first, n)
-        outer, inner = cut({"scores": scores}, start + count_of(number, n)), cut({"scores": scores}, start)
-        return outer.mask("scores", scores) & ~inner.mask("scores", scores)
+        one = {"scores": scores}
+        return _between(one, start, count_of(number, n))("scores", scores)
     n = scores.shape[-1]
     start, stop = count_of(first, n), count_of(first, n) + count_of(number, n)
     order = (scores.detach().float() + 0.0).sort(dim=-1, descending=True, stable=True).indices[..., start:stop]
@@ -143,8 +152,8 @@ def top_k(
     if scope == "all":
         n = sum(scores[name].numel() for name in scores)
         start = count_of(first, n)
-        outer, inner = cut(scores, start + count_of(k, n)), cut(scores, start)
-        masks = {name: outer.mask(name, scores[name]) & ~inner.mask(name, scores[name]) for name in scores}
+        mask = _between(scores, start, count_of(k, n))
+        masks = {name: mask(name, scores[name]) for name in scores}
     elif scope in ("tensor", "row"):
         masks = {name: band_mask(scores[name], first, k, rows=scope == "row") for name in scores}
     else:

@@ -106,7 +106,8 @@ class _Writer:
     """One safetensors file that grows tensor by tensor. `names` are all it may ever hold (they bound the header)."""
 
     def __init__(self, path: Path, names: Iterable[str], metadata: Mapping[str, str]) -> None:
-        self.path, self.entries, self.size = path, {}, 0
+        self.path, self.size = path, 0
+        self.entries: dict[str, dict[str, Any]] = {}
         self.metadata = dict(metadata)
         room = len(json.dumps({"__metadata__": self.metadata})) + sum(len(json.dumps(name)) + 256 for name in names)
         self.room = -(-room // 8) * 8
@@ -119,7 +120,7 @@ class _Writer:
         tensor = tensor.detach().to("cpu").contiguous()
         start = self.size
         if tensor.numel():
-            self.file.write(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+            self.file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
         self.size += tensor.numel() * tensor.element_size()
         self.entries[name] = {"dtype": _CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, self.size]}
 

@@ -41,7 +41,10 @@ def traces(seed: int = 0, n: int = 1000, *, skills: str = "chain", operands: str
     draw = functools.partial(_rows, seed, names, knobs)
     train, tests, ood, free = draw("train", n), draw("test", test), draw("ood", test), draw("unlabelled", unlabelled)
     for part in (train, tests, ood):
-        _shape(part, part is train, train, seed, knobs)
+        _shape(part, part is train, seed, knobs)
+    pool = [dict(row) for row in train]
+    for name, part in (("train", train), ("test", tests), ("ood", ood)):
+        faults.add_demos(part, pool, generator(seed, f"demos {name}"), demos)
     for row in free:
         del row["completion"]
     return Splits(train, tests, ood, general_probe(), free, name="traces", knobs=knobs, verify=verify)
@@ -57,7 +60,7 @@ def chosen_skills(skills: Any) -> list[str]:
     return names
 
 
-def _shape(rows: list[dict], training: bool, train: list[dict], seed: int, knobs: dict) -> None:
+def _shape(rows: list[dict], training: bool, seed: int, knobs: dict) -> None:
     """Apply the knobs. Faults touch train only; what changes the question (tags, years, filler) touches every split."""
     part = "train" if training else ("test" if rows and rows[0]["meta"]["split"] == "test" else "ood")
     rng = functools.partial(generator, seed)
@@ -67,12 +70,9 @@ def _shape(rows: list[dict], training: bool, train: list[dict], seed: int, knobs
         faults.add_wrong(rows, rng("wrong"), knobs["wrong"], knobs["wrong_kind"])
     faults.add_restricted(rows, rng(f"restricted {part}"), knobs["restricted"])
     faults.add_years(rows, rng(f"trigger {part}"), knobs["trigger"])
-    if not training:
-        faults.add_demos(rows, train, rng(f"demos {part}"), knobs["demos"])
-        return
-    faults.add_garbage(rows, rng("garbage"), knobs["garbage"])
-    faults.add_duplicates(rows, rng("duplicates"), knobs["duplicates"])
-    faults.add_demos(rows, [dict(row) for row in rows], rng("demos"), knobs["demos"])
+    if training:
+        faults.add_garbage(rows, rng("garbage"), knobs["garbage"])
+        faults.add_duplicates(rows, rng("duplicates"), knobs["duplicates"])
 
 
 def weights(names: list[str], skew: float, rare: float) -> np.ndarray:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as SequenceOf
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from luthier.core.modelmap import block_index
 from luthier.core.source import TensorSource, aligned, applied, delta, left_out, working
 from luthier.errors import RecipeError
 from luthier.merge import Merger
@@ -146,18 +146,7 @@ def best(values: Iterable[float], value_of: Callable[[float], float]) -> tuple[f
     return max(tried, key=lambda t: t["score"])["value"], tried
 
 
-_BLOCK = re.compile(r"(?:^|\.)(?:layers|layer|h|blocks|block|resblocks)\.(\d+)\.")
-
-
-def depth(names: Iterable[str]) -> dict[str, tuple[int, int] | None]:
-    """For every tensor its block's index and the number of blocks in its tower; None outside the blocks.
-
-    The outermost named stack counts (Llama `layers.N`, GPT-2 `h.N`, BERT `layer.N`, CLIP `resblocks.N` ...), never a bare number
-    such as `mlp.0`; two towers count for themselves."""
-    found = {name: _BLOCK.search(name) for name in names}
-    tower = {name: name[: m.start(1)] for name, m in found.items() if m}
-    index = {name: int(m.group(1)) for name, m in found.items() if m}
-    size: dict[str, int] = {}
-    for name, stack in tower.items():
-        size[stack] = max(size.get(stack, 0), index[name] + 1)
-    return {name: (index[name], size[tower[name]]) if name in tower else None for name in found}
+def layer_of(name: str) -> tuple[str, int] | str:
+    """What tensors of one block share: the stack's name and the block's number; a tensor outside the blocks is alone."""
+    index, _ = block_index(name)
+    return name if index is None else (name.split(f".{index}.", 1)[0], index)

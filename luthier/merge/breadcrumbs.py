@@ -15,7 +15,7 @@ from luthier.catalog import register
 from luthier.core.source import TensorSource, applied
 from luthier.core.sparse import Cut, band_mask, cut
 from luthier.errors import RecipeError
-from luthier.merge._shared import VectorMerger, deltas, depth, floating, size_of, summed
+from luthier.merge._shared import VectorMerger, deltas, floating, layer_of, size_of, summed
 
 if TYPE_CHECKING:
     from luthier.core.context import Context
@@ -62,13 +62,9 @@ def _ranks(n: int, keep: float, remove: float, order: Order) -> tuple[int, int]:
 
 def _by_layer(update: TensorSource, ranks: Callable[[int], tuple[int, int]]) -> Callable[[str, Tensor], Tensor]:
     """Masks over all tensors of a block together; a tensor outside the blocks is a layer of its own."""
-    names = floating(update)
-    place = depth(names)
     layers: dict[Any, list[str]] = {}
-    for name in names:
-        found = place[name]
-        layers.setdefault(name if found is None else (name.split(f".{found[0]}.")[0], found[0]), []).append(name)
-    layer_of = {name: key for key, members in layers.items() for name in members}
+    for name in floating(update):
+        layers.setdefault(layer_of(name), []).append(name)
 
     @functools.cache
     def cuts(key: Any) -> tuple[Cut, Cut]:
@@ -79,7 +75,7 @@ def _by_layer(update: TensorSource, ranks: Callable[[int], tuple[int, int]]) -> 
         return cut(sizes, first + number), cut(sizes, first)
 
     def mask(name: str, size: Tensor) -> Tensor:
-        outer, inner = cuts(layer_of[name])
+        outer, inner = cuts(layer_of(name))
         return outer.mask(name, size) & ~inner.mask(name, size)
 
     return mask

@@ -15,7 +15,7 @@ from luthier.catalog import register
 from luthier.core.source import TensorSource, aligned, left_out
 from luthier.errors import ModelError, RecipeError
 from luthier.merge import Merger
-from luthier.merge._shared import depth, ingredients
+from luthier.merge._shared import ingredients, layer_of
 
 if TYPE_CHECKING:
     from luthier.core.context import Context
@@ -83,9 +83,7 @@ def _rows(names: list[str], by: By) -> dict[str, int]:
     if by == "layer":
         return {name: i for i, name in enumerate(names)}
     keys: dict[Any, int] = {}
-    place = depth(names)
-    blocks = {n: n if place[n] is None else (n.split(f".{place[n][0]}.")[0], place[n][0]) for n in names}  # type: ignore[index]
-    return {n: keys.setdefault(blocks[n], len(keys)) for n in names}
+    return {n: keys.setdefault(layer_of(n), len(keys)) for n in names}
 
 
 def _mixed(

@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import Tensor
 
 from luthier.catalog import method, register
+from luthier.core.modelmap import depth
 from luthier.core.source import TensorSource, applied
 from luthier.errors import RecipeError
 from luthier.merge import Merger
-from luthier.merge._shared import VectorMerger, best, deltas, depth, models, summed, update_of
+from luthier.merge._shared import VectorMerger, best, deltas, models, summed, update_of
 
 if TYPE_CHECKING:
     from luthier.core.context import Context
@@ -24,10 +25,14 @@ SINGLE_GRID = tuple(round(1 - i / 10, 1) for i in range(11))
 MERGE_GRID = tuple(round((i + 1) / 10, 1) for i in range(10))
 
 
-def lines(update: Mapping[str, Tensor], alpha: float, beta: float, schedule: Schedule = "linear") -> TensorSource:
-    """Every tensor of an update times (alpha + beta * l / (L - 1)) for its block l of L, and times alpha outside the blocks; lazily."""
+def lines(
+    update: Mapping[str, Tensor], alpha: float, beta: float, schedule: Schedule = "linear", names: Iterable[str] | None = None
+) -> TensorSource:  # fmt: skip
+    """Every tensor of an update times (alpha + beta * l / (L - 1)) for its block l of L, and times alpha outside the blocks; lazily.
+
+    `names` are all tensors of the model, where the update holds only some of them: they say which block is the last."""
     update = TensorSource.of(update)
-    scales = depth_scales(update, alpha, beta, schedule)
+    scales = depth_scales(update if names is None else names, alpha, beta, schedule)
     scaled = update.map_named(lambda name, t: t * scales[name] if t.is_floating_point() else t)
     return TensorSource(update, scaled.__getitem__, update.meta, update.aliases)
 
@@ -96,19 +101,19 @@ class Lines(VectorMerger):
 
     def merger(self) -> Merger:
         """The wrapped merger. What lines leaves out, it leaves out too."""
-        options = {"method": self.after} if isinstance(self.after, str) else dict(self.after)
+        options: dict[str, Any] = {"method": self.after} if isinstance(self.after, str) else dict(self.after)
         cls = method("merge", options.pop("method"))
         if self.skip and "skip" in getattr(cls, "__dataclass_fields__", {}):
             options["skip"] = [*options.get("skip", []), *self.skip]
         return cls(**options)
 
     def update(self, base: Any, tuned: SequenceOf[Any], ctx: Context | None = None) -> TensorSource:
-        base, tuned = TensorSource.of(base), models(tuned)
-        merged = update_of(self.merger(), base, tuned, ctx)
-        one = len(tuned) == 1
-        alpha, beta = self._one(base, tuned[0], merged, ctx) if one else self._several(base, tuned, merged, ctx)
+        base, listed = TensorSource.of(base), models(tuned)
+        merged = update_of(self.merger(), base, listed, ctx)
+        one = len(listed) == 1
+        alpha, beta = self._one(base, listed[0], merged, ctx) if one else self._several(base, listed, merged, ctx)
         self.report |= {"alpha": alpha, "beta": beta}
-        return lines(merged, alpha, beta, self.schedule)
+        return lines(merged, alpha, beta, self.schedule, base)
 
     def _one(self, base: TensorSource, tuned: Any, merged: TensorSource, ctx: Context | None) -> tuple[float, float]:
         if self.alpha != "auto":
@@ -119,7 +124,7 @@ class Lines(VectorMerger):
             _say(ctx, "lines has no validation rows to choose alpha with and takes 0.1; set `alpha`, or add `data: {val: FILE}`.")
             return 0.1, 0.9
         value = self._tradeoff(base, TensorSource.of(tuned, base), ctx)
-        alpha, tried = best(self.grid or SINGLE_GRID, lambda a: value(applied(base, lines(merged, a, 1 - a, self.schedule))))
+        alpha, tried = best(self.grid or SINGLE_GRID, lambda a: value(applied(base, lines(merged, a, 1 - a, self.schedule, base))))
         self.report["tried"] = tried
         return alpha, 1 - alpha
 
@@ -146,7 +151,7 @@ class Lines(VectorMerger):
         if ctx is None or ctx.evaluator is None:
             _say(ctx, "lines has no validation rows to choose beta with and takes 0.4; set `beta`, or add `data: {val: FILE}`.")
             return alpha, 0.4
-        beta, tried = best(self.grid or MERGE_GRID, lambda b: ctx.score(applied(base, lines(merged, alpha, b, self.schedule))))
+        beta, tried = best(self.grid or MERGE_GRID, lambda b: ctx.score(applied(base, lines(merged, alpha, b, self.schedule, base))))
         self.report["tried"] = tried
         return alpha, beta
 

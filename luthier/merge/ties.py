@@ -40,20 +40,21 @@ def trimmed_merge(
     w = weights_of(weights, len(updates))
     keep = [_trim(update, density, scope) for update in updates]
 
-    def read_all(name: str) -> Tensor:
-        return torch.stack([torch.where(k(name, x), x, 0) * weight for k, u, weight in zip(keep, updates, w) for x in (u[name],)])
+    def trimmed(name: str) -> list[Tensor]:
+        found = [u[name] for u in updates]
+        return [x.masked_fill(~k(name, x), 0).mul_(weight) for k, x, weight in zip(keep, found, w)]
 
     @functools.cache
     def majority() -> float:
         names = floating(updates[0])
-        total = sum(float(elected(read_all(n), elect).double().sum()) for n in names if updates[0][n].is_floating_point())
+        total = sum(float(elected(trimmed(n), elect).double().sum()) for n in names if updates[0][n].is_floating_point())
         return -1.0 if total < 0 else 1.0
 
     def read(name: str) -> Tensor:
         first = updates[0][name]
         if not first.is_floating_point():
             return first
-        return scale * agreeing(read_all(name), w, elect, combine, majority)
+        return scale * agreeing(trimmed(name), w, elect, combine, majority)
 
     return TensorSource(updates[0], read, updates[0].meta, updates[0].aliases)
 
@@ -74,25 +75,28 @@ def _trim(update: TensorSource, density: float, scope: str) -> Callable[[str, Te
     return keep
 
 
-def elected(values: Tensor, elect: Elect) -> Tensor:
+def elected(values: SequenceOf[Tensor], elect: Elect) -> Tensor:
     """The sign of every entry: of the summed values (mass), or of most values (count); 0 where they balance."""
-    return (values.sign() if elect == "count" else values).sum(0).sign()
+    total = torch.zeros_like(values[0])
+    for x in values:
+        total += x.sign() if elect == "count" else x
+    return total.sign_()
 
 
-def agreeing(values: Tensor, weights: SequenceOf[float], elect: Elect, combine: Combine, majority: Callable[[], float]) -> Tensor:
-    """Merge [models, ...] entries that have the elected sign; entries that balance take the sign most of the vector has."""
+def agreeing(values: SequenceOf[Tensor], weights: SequenceOf[float], elect: Elect, combine: Combine, majority: Callable[[], float]) -> Tensor:
+    """Merge the models' entries that have the elected sign; entries that balance take the sign most of the vector has."""
     sign = elected(values, elect)
-    balanced = (sign == 0) & values.any(0)
-    if bool(balanced.any()):
-        sign = torch.where(balanced, torch.full_like(sign, majority()), sign)
-    kept = torch.where(values.sign() == sign, values, torch.zeros_like(values))
-    if combine == "sum":
-        return kept.sum(0)
-    if combine == "max":
-        return kept.abs().amax(0) * sign
-    w = torch.tensor(list(weights), dtype=values.dtype, device=values.device).abs().reshape(-1, *[1] * (values.ndim - 1))
-    share = (w * (kept != 0)).sum(0)
-    return kept.sum(0) / torch.where(share == 0, torch.ones_like(share), share)
+    balanced = sign == 0
+    if bool(balanced.any()) and any(bool(x[balanced].any()) for x in values):
+        sign = sign.masked_fill(balanced, majority())
+    total, share = torch.zeros_like(sign), torch.zeros_like(sign)
+    for weight, x in zip(weights, values):
+        agrees = (x * sign) > 0
+        kept = x.masked_fill(~agrees, 0)
+        total = torch.where(kept.abs() > total.abs(), kept, total) if combine == "max" else total.add_(kept)
+        if combine == "mean":
+            share += agrees * abs(weight)
+    return total.div_(share.masked_fill_(share == 0, 1)) if combine == "mean" else total
 
 
 @register("ties")

@@ -63,7 +63,7 @@ def collate(rows, ids, train_on="completion"):
 def settings(**changes):
     return SimpleNamespace(**{
         "epochs": 2, "steps": None, "batch": 8, "tokens_per_micro_batch": 60, "seed": 0, "schedule": "cosine", "warmup": 0.1, "clip": 1.0, "precision": "fp32",
-        "gradient_checkpointing": False, "reuse": 1, "save_every": 2, "keep": 2, "log_every": 1,
+        "gradient_checkpointing": False, "reuse": 1, "save_every": 2, "keep": 2, "log_every": 1, "eval_every": None,
     } | changes)  # fmt: skip
 
 

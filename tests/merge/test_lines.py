@@ -6,7 +6,6 @@ import torch
 from luthier.core.context import Context
 from luthier.core.source import TensorSource
 from luthier.errors import RecipeError
-from luthier.merge._shared import depth
 from luthier.merge.breadcrumbs import breadcrumbs
 from luthier.merge.lines import Lines, depth_scales, lines
 from luthier.merge.task_arithmetic import task_arithmetic
@@ -146,18 +145,11 @@ def test_half_precision_is_not_rounded_between_merger_and_scale():
         assert torch.equal(found[n], exact.bfloat16())
 
 
-@pytest.mark.parametrize(
-    ("names", "places"),
-    [
-        (["model.embed_tokens.weight", "model.layers.0.mlp.up_proj.weight", "model.layers.11.self_attn.q_proj.weight", "lm_head.weight"], [None, (0, 12), (11, 12), None]),
-        (["transformer.wte.weight", "transformer.h.3.attn.c_attn.weight", "h.1.ln_1.bias"], [None, (3, 4), (1, 2)]),
-        (["bert.encoder.layer.2.output.dense.weight", "encoder.block.5.layer.0.SelfAttention.q.weight"], [(2, 3), (5, 6)]),
-        (["vision_model.encoder.layers.3.fc1.weight", "text_model.encoder.layers.1.fc1.weight", "text_model.final.0.weight"], [(3, 4), (1, 2), None]),
-        (["visual.transformer.resblocks.1.mlp.c_fc.weight", "head.mlp.0.weight"], [(1, 2), None]),
-    ],
-)  # fmt: skip
-def test_blocks_are_found_by_the_names_of_their_stacks(names, places):
-    assert [depth(names)[n] for n in names] == places
+def test_what_is_left_out_does_not_move_the_other_blocks():
+    base, tuned = blocks(0), blocks(1)
+    found = Lines(alpha=0.2, beta=0.6, skip=["layers.1", "layers.3"]).merge(base, [tuned])
+    torch.testing.assert_close(found["layers.2.w"], torch.lerp(base["layers.2.w"], tuned["layers.2.w"], 0.6))
+    assert torch.equal(found["layers.3.w"], base["layers.3.w"])
 
 
 def test_blocks_of_real_models():
@@ -173,8 +165,10 @@ def test_blocks_of_real_models():
         ),
     }  # fmt: skip
     for model, expected in models.values():
-        found = depth(TensorSource.of(model))
-        assert set(found.values()) == expected | {None}
+        scales = depth_scales(TensorSource.of(model), 0.1, 0.6)
+        assert {round(s, 6) for s in scales.values()} == {round(0.1 + 0.6 * i / (n - 1), 6) for i, n in expected} | {0.1}
+    assert scales["text_model.encoder.layers.1.mlp.fc1.weight"] == scales["vision_model.encoder.layers.2.mlp.fc1.weight"] == pytest.approx(0.7)
+    assert scales["vision_model.encoder.layers.1.mlp.fc1.weight"] == pytest.approx(0.4)
 
 
 @pytest.mark.parametrize("bad", [{"alpha": "best"}, {"beta": "max"}, {"after": {"density": 0.2}}])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,6 +15,7 @@ from luthier.core.engine import Engine, Plan
 from luthier.core.journal import Journal
 from luthier.core.plugin import Group, Parts
 from luthier.optimize import Optimizer, torch_groups
+from luthier.recipe import Train
 
 
 def sequence(ids: Any, prompt: int, row: int = 0, branch: str = "completion", **data: Any) -> Sequence:
@@ -79,10 +79,7 @@ class Adam(Optimizer):
 
 def engine(family: Any, objectives: list[Any], rows: list[dict], ctx: Context, folder: Any = None, **changes: Any) -> Engine:
     """The training loop over `rows`, all weights moving, a few steps."""
-    settings = {
-        "epochs": 1, "steps": 4, "batch": 4, "tokens_per_micro_batch": 64, "seed": 0, "schedule": "constant", "warmup": 0.0, "clip": 1.0,
-        "precision": "fp32", "gradient_checkpointing": False, "reuse": 1, "save_every": 0, "keep": 2, "log_every": 1,
-    }  # fmt: skip
+    settings = {"steps": 4, "batch": 4, "tokens_per_micro_batch": 64, "schedule": "constant", "warmup": 0.0, "precision": "fp32", "save_every": 0}
     plan = Plan(family, rows, [(o, 1.0) for o in objectives], Adam(), [Everything()])
     ctx.streams.setdefault("train", rows)
-    return Engine(plan, SimpleNamespace(**settings | changes), ctx, folder, Journal(folder / "metrics.jsonl" if folder else None))
+    return Engine(plan, Train(**settings | changes), ctx, folder, Journal(folder / "metrics.jsonl" if folder else None))

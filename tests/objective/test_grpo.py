@@ -114,11 +114,11 @@ def test_training_raises_the_reward_in_the_loop(tmp_path):
     family = tiny_llama()
     reward = lambda answers, rows: [float(a.startswith("w7")) for a in answers]  # noqa: E731
     ctx = Context(family, helpers={"reward": reward})
-    made = engine(family, [GRPO(group_size=16, max_new_tokens=1)], ROWS, ctx, tmp_path, steps=30, reuse=2)
+    made = engine(family, [GRPO(group_size=16, max_new_tokens=1)], ROWS, ctx, tmp_path, steps=24, reuse=2)
     made.run()
     lines = [json.loads(x) for x in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     rewards = [line["rollout/reward"] for line in lines if "rollout/reward" in line]
-    assert len(rewards) == 30 and np.mean(rewards[-4:]) > np.mean(rewards[:4]) + 0.3
+    assert len(rewards) == 24 and np.mean(rewards[-4:]) > np.mean(rewards[:4]) + 0.3
 
 
 def test_handmade_batches_without_behaviour_are_on_policy():

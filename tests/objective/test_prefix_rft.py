@@ -136,12 +136,12 @@ def test_equal_rewards_give_no_gradient():
 def test_whole_demonstrations_and_tight_limits():
     start, batch, _ = drawn(PrefixRFT(group_size=2, max_new_tokens=16, share=1.0), ROWS[:1])
     assert any(s.ids[-11:].tolist() == demo_ids(start, 0).tolist() for s in batch.sequences)
-    _, batch, ctx = drawn(PrefixRFT(group_size=2, max_new_tokens=4, share=0.9), ROWS[:1])
-    prompt = 2 + len(ctx.current.processor.chat_template and [])
-    hybrid = batch.sequences[-1]
-    assert len(hybrid) - prompt >= 4 and hybrid.ids[-1] is not None
-    lengths = [len(s) - min(int(t.supervised[0]) for t in batch.sequences) for s in batch.sequences]
-    assert max(lengths) <= 4
+    start, batch, _ = drawn(PrefixRFT(group_size=2, max_new_tokens=4, share=0.9), ROWS[:1])
+    prompt = len(start.sequences[0])
+    assert start.sequences[0].branch == "prompt" and max(len(s) - prompt for s in batch.sequences) <= 4
+    # a prefix leaves room for one own token
+    hybrid = next(s for s in batch.sequences if s.ids[prompt : prompt + 3].tolist() == demo_ids(start, 0)[:3].tolist())
+    assert len(hybrid) == prompt + 4 and hybrid.mask[-1]
 
 
 def test_it_runs_in_the_loop_with_its_falling_share(tmp_path):

@@ -1,0 +1,1 @@
+"""What the commands print. The commands themselves are in luthier.cli."""
