@@ -83,12 +83,12 @@ def _lab(args: argparse.Namespace) -> None:
     if args.action == "make":
         _lab_make(args, lab.make(_needed(args.spec, "lab make needs a task, e.g. `luthier lab make traces`.")))
         return
-    found = {"tasks": lab.tasks(), "models": lab.models()}
+    tasks, models = lab.tasks(), lab.models()
     if args.json:
-        say_json(found)
+        say_json({"tasks": tasks, "models": models})
         return
-    say(table(("task", "about"), [(f"lab:{k}", t["about"]) for k, t in found["tasks"].items()]))
-    say("\nmodels: " + (", ".join(found["models"]) or "none yet") + "\n`luthier lab list --json` names every task's knobs.")
+    say(table(("task", "about"), [(f"lab:{k}", t["about"]) for k, t in tasks.items()]))
+    say("\nmodels: " + (", ".join(models) or "none yet") + "\n`luthier lab list --json` names every task's knobs.")
 
 
 def _lab_make(args: argparse.Namespace, splits: Any) -> None:
@@ -179,9 +179,9 @@ def _export(args: argparse.Namespace) -> None:
 
 
 def _fetch(args: argparse.Namespace) -> None:
-    from luthier.core.models import fetch
+    from luthier.core.fetch import fetch
 
-    found = fetch(args.name)
+    found = fetch(args.name, tell=lambda sentence: print(sentence, file=sys.stderr, flush=True))
     if args.json:
         say_json({"name": args.name, "path": str(found)})
     else:

@@ -85,7 +85,7 @@ def _judged(record: dict[str, Any], known: set[str], package: Path) -> Paper:
     if not evidence.is_file():
         missing.append("evidence")
     status: Status = "works" if not missing else "partly" if present else "planned"
-    given = {k: tuple(v) if isinstance(v, list) else v for k, v in record.items()}
+    given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in record.items()}
     return Paper(**given, missing=tuple(missing), verdict=verdict, status=status, present=present)
 
 

@@ -241,8 +241,9 @@ class _Runner:
 
     def _measured(self, model: Any, when: str = "after") -> dict[str, Any]:
         from luthier.core.models import load
+        from luthier.core.stage import plain
 
-        family = model if hasattr(model, "network") else load(model, device=self.recipe.train.device)
+        family = model if hasattr(model, "network") else plain(load(model, device=self.recipe.train.device))
         if when == "after":
             family = _decoded(self.recipe, family, self.models)
         models = {"stage": self.models["base"], **self.models}

@@ -65,7 +65,7 @@ class Choice:
     axis: str
     method: str
     options: dict[str, Any] = field(default_factory=dict)
-    line: int | None = None
+    line: int | None = field(default=None, compare=False)
     extras: dict[str, Any] = field(default_factory=dict)
     """What the recipe itself says about the choice: weight, budget, of. A method's own field of that name receives it instead."""
     frame: Frame = field(default_factory=lambda: Frame(Path()), repr=False, compare=False)

@@ -14,10 +14,14 @@ TEXT = (
 
 
 def family_of(source: Any) -> str | None:
-    """The family of a model in memory or in a local folder; None where it cannot be told without loading it."""
+    """The family of a model in memory, an embedded one or a local folder; None where it cannot be told without loading it."""
     if hasattr(source, "network"):
         return getattr(source, "kind", None)
-    folder = Path(str(source["id"] if isinstance(source, dict) else source)).expanduser()
+    name = str(source["id"] if isinstance(source, dict) else source)
+    folder = _place(name)
+    if folder is None:
+        # Not fetched yet: a GGUF file holds a language model.
+        return "causal-lm" if (package := embedded(name)) is not None and package[1].gguf else None
     adapter = _json(folder / "adapter_config.json")
     if adapter and not (folder / "config.json").is_file():
         base = Path(str(adapter.get("base_model_name_or_path")))
@@ -34,6 +38,28 @@ def family_of(source: Any) -> str | None:
     if kind in DUAL:
         return "dual-encoder"
     return "text-encoder" if kind in TEXT else "image-classifier" if kind in VISION else None
+
+
+def embedded(name: str) -> tuple[str, Any] | None:
+    """The full name and the package of a model that comes with the library."""
+    from luthier.core.fetch import ALIASES, EMBEDDED
+
+    known = ALIASES.get(name.lower(), name)
+    return (known, EMBEDDED[known]) if known in EMBEDDED else None
+
+
+def _place(name: str) -> Path | None:
+    """The folder that a name means; None for an embedded model that is not fetched yet."""
+    if (package := embedded(name)) is not None:
+        from luthier.core.fetch import cache_folder
+
+        folder = cache_folder() / package[0]
+        return folder if folder.is_dir() else None
+    if name.startswith("lab:"):
+        from luthier.lab import WEIGHTS
+
+        return Path(WEIGHTS) / name.removeprefix("lab:")
+    return Path(name).expanduser()
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -151,9 +152,10 @@ def _stream_name(key: Any, frame: Frame) -> None:
     """Streams have free names, but one that is nearly a known word is a slip."""
     if not isinstance(key, str) or not key.isidentifier():
         raise frame.error(("data", key), f"data: {key!r} is no name of a row stream; use letters, digits and underscores.")
-    words = (*STREAMS, *OPTIONS)
-    meant = OTHER_WORDS.get(key) or next(iter(difflib.get_close_matches(key, words, n=1, cutoff=0.75)), None)
-    if key not in STREAMS and meant and not any(key.startswith(w) for w in STREAMS):
+    if key in STREAMS or any(re.fullmatch(rf"{w}[_\d]\w*", key) for w in STREAMS):
+        return
+    meant = OTHER_WORDS.get(key) or next(iter(difflib.get_close_matches(key, (*STREAMS, *OPTIONS), n=1, cutoff=0.75)), None)
+    if meant:
         raise frame.error(("data", key), f"data: '{key}' is neither a row stream nor an option. Did you mean '{meant}'?")
 
 

@@ -18,7 +18,7 @@ Place = tuple[str | int, ...]
 Marks = dict[Place, str]
 """Where a value stands, by its way from the top: ("adapt", "rank") -> "recipe.yaml:12"."""
 
-LIMIT = 100_000
+LIMIT = 20_000
 """Values a recipe may hold, with every use of an anchor counted: a few lines of nested anchors can mean billions."""
 RESERVED = {"select": ("budget",), "objective": ("weight",), "merge": ("of",)}
 """What the recipe itself may say about a choice of an axis, next to the method's own fields."""
@@ -46,6 +46,8 @@ class _Reader:
         if self.read > LIMIT or id(node) in above:
             raise RecipeError(f"{line}: the anchors of this file repeat themselves without end.")
         above = above | {id(node)}
+        if isinstance(node, yaml.CollectionNode) and node.tag not in ("tag:yaml.org,2002:map", "tag:yaml.org,2002:seq"):
+            raise RecipeError(f"{line}: could not determine a constructor for the tag '{node.tag}'.")
         if isinstance(node, yaml.MappingNode):
             return self._mapping(node, place, above)
         if isinstance(node, yaml.SequenceNode):
@@ -66,6 +68,8 @@ class _Reader:
             if not isinstance(key_node, yaml.ScalarNode):
                 raise RecipeError(f"{line}: a key must be a plain word.")
             key = self.loader.construct_object(key_node)
+            # A key called on, off, yes or no is a word, whatever YAML 1.1 says.
+            key = key_node.value if isinstance(key, bool) else key
             if key in made:
                 raise RecipeError(f"{line}: the key '{key}' is given twice; the first is at {self.marks[(*place, key)]}.")
             self.marks[(*place, key)] = line
@@ -148,6 +152,8 @@ def put(raw: dict[str, Any], marks: Marks, key: str, value: Any, mark: str, defa
     for known in [m for m in marks if m[: len(place) + 1] == (*place, last)]:
         del marks[known]
     marks[(*place, last)] = mark
+    for end in range(1, len(place) + 1):
+        marks.setdefault(place[:end], mark)
 
 
 def _way(here: Any, parts: list[str], key: str, defaults: Mapping[str, Any]) -> tuple[Any, Place, str | int]:
@@ -155,7 +161,7 @@ def _way(here: Any, parts: list[str], key: str, defaults: Mapping[str, Any]) -> 
     place: Place = ()
     i = 0
     while i < len(parts) - 1:
-        step: str | int = _index(here, parts[i], key) if isinstance(here, list) else parts[i]
+        step: Any = _index(here, parts[i], key) if isinstance(here, list) else parts[i]
         child = here[step] if isinstance(here, list) else here.get(step)
         if child is None and not place:
             child = copy.deepcopy(defaults.get(parts[i]))

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from luthier._recipe.choice import Frame
+from luthier._recipe.family import embedded
 from luthier.catalog import AXES
 
 if TYPE_CHECKING:
@@ -97,7 +98,7 @@ def _model(value: Any, frame: Frame) -> Any:
 def model_id(text: str, frame: Frame) -> str:
     """A model's name; a folder beside the recipe as an absolute path, a run's folder as that of its model."""
     folder = frame.path(text)
-    if not folder.is_dir():
+    if not folder.is_dir() or embedded(text):
         return text
     if (folder / "recipe.yaml").is_file() and (folder / "model").is_dir():
         folder = folder / "model"

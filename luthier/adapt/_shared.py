@@ -147,12 +147,16 @@ class PeftAdapter(Adapter):
         try:
             wrapped = get_peft_model(model.network, config)
         except (ValueError, TypeError, NotImplementedError) as error:
-            raise ModelError(f"peft cannot put '{self.name}' on {type(model.network).__name__}: {error}") from error
+            reason = str(error).replace("`target_modules` in `peft_config`", "the layers in `targets`")
+            raise ModelError(f"peft cannot put '{self.name}' on {type(model.network).__name__}: {reason}") from error
         if not config.base_model_name_or_path:
             config.base_model_name_or_path = model.source or None
         model.network = wrapped
         self.after(model, ctx)
-        return Parts(self.groups(model))
+        groups = self.groups(model)
+        if not groups:
+            raise ModelError(f"'{self.name}' found no layer that it can change in {type(model.base_network).__name__}; name others in `targets`.")
+        return Parts(groups)
 
     def groups(self, model: Family) -> list[Group]:
         """What trains: the adapter's own parameters, and heads that train whole."""
@@ -178,7 +182,7 @@ class PeftAdapter(Adapter):
         if getattr(self, "_rebased", False):
             from luthier.core.models import save_network
 
-            save_network(merged(model), directory)
+            save_network(model, directory)
             return
         self.save(model, Path(directory))
         if hasattr(model.processor, "save_pretrained"):
@@ -192,15 +196,6 @@ def _is_peft(name: str) -> bool:
     from luthier.catalog import entries
 
     return any(e.name == name.replace("_", "-") and str(e.wraps or "").startswith("peft.") for e in entries("adapt"))
-
-
-def merged(model: Family) -> Family:
-    """The same model with its adapter merged into a copy of the network."""
-    plain = copy.copy(model)
-    if not hasattr(model.network, "merge_and_unload"):
-        raise ModelError("This adapter cannot be merged into the network's weights.")
-    plain.network = copy.deepcopy(model.network).merge_and_unload()
-    return plain
 
 
 @dataclass

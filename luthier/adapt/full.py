@@ -5,9 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from torch import nn
+
 from luthier.adapt import Adapter
 from luthier.adapt._shared import unwrapped
 from luthier.catalog import register
+from luthier.core.modelmap import category
 from luthier.core.plugin import Group, Parts
 from luthier.errors import RecipeError
 
@@ -31,19 +34,14 @@ class Full(Adapter):
     def attach(self, model: Family, ctx: Context | None = None) -> Parts:
         unwrapped(model, self.name)
         model.network.requires_grad_(True)
-        roles: dict[str, dict[str, object]] = {}
-        input_ids, output_ids = (_ids(model.base_network, f"get_{side}_embeddings") for side in ("input", "output"))
+        roles: dict[str, dict[str, nn.Parameter]] = {}
         for name, param in model.network.named_parameters():
             if any(word in name for word in self.freeze):
                 param.requires_grad_(False)
                 continue
-            role = "embedding" if id(param) in input_ids else "head" if id(param) in output_ids else "body"
-            roles.setdefault(role, {})[name] = param
+            kind = category(name)
+            roles.setdefault(kind if kind in ("embedding", "head") else "body", {})[name] = param
         if not roles:
             raise RecipeError(f"`freeze: {self.freeze}` matches every parameter of the network, so nothing would train.")
-        return Parts([Group(role, params) for role, params in roles.items()])  # type: ignore[arg-type]
+        return Parts([Group(role, params) for role, params in roles.items()])
 
-
-def _ids(network: object, getter: str) -> set[int]:
-    module = getattr(network, getter, lambda: None)()
-    return {id(p) for p in module.parameters()} if module is not None else set()

@@ -5,9 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
+
 from luthier.adapt._shared import LoraLike
 from luthier.catalog import register
 from luthier.core.loss import Loss
+from luthier.core.plugin import Step
 
 if TYPE_CHECKING:
     from luthier.core.context import Context
@@ -38,11 +41,28 @@ class Monteclora(LoraLike):
     def config(self, model: Family, ctx: Context | None = None) -> Any:
         from peft.tuners.lora import MontecloraConfig
 
+        # peft's samplers hold a stock of future draws that no checkpoint knows; with a stock of one they follow the global generator.
         monte = MontecloraConfig(
-            num_samples=self.samples, sample_scaler=self.spread, dirichlet_prior=self.prior, kl_loss_weight=self.kl, use_entropy=self.entropy
-        )
+            num_samples=self.samples, sample_scaler=self.spread, dirichlet_prior=self.prior, kl_loss_weight=self.kl, use_entropy=self.entropy,
+            buffer_size=1,
+        )  # fmt: skip
         return self.lora(model, monteclora_config=monte)
+
+    def after(self, model: Family, ctx: Context | None) -> None:
+        for sampler in _samplers(model):
+            sampler.sampler.index = sampler.sampler.buffer_size
 
     def penalty(self, model: Family, ctx: Context | None = None) -> Loss | None:
         value = model.network.base_model._get_monteclora_loss()
-        return Loss().add("monteclora", value.reshape(1), per="batch") if hasattr(value, "reshape") else None
+        return Loss().add("monteclora", value.reshape(1), per="batch") if isinstance(value, Tensor) else None
+
+    def after_step(self, step: Step, ctx: Context | None) -> None:
+        """peft leaves the last pass's graph in two buffers, which could then not be copied."""
+        for sampler in _samplers(step.model):
+            sampler.gaussian_var_prior = sampler.gaussian_var_prior.detach()
+            sampler.expert_weights = sampler.expert_weights.detach()
+
+
+def _samplers(model: Family) -> list[Any]:
+    held = [m.lora_monteclora_sampler for m in model.network.modules() if hasattr(m, "lora_monteclora_sampler")]
+    return [sampler for samplers in held for sampler in samplers.values()]

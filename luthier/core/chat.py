@@ -170,11 +170,12 @@ class Conversation:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         settings = {**self.tokenizer.special_tokens_map, **self.extras}
-        _, indices = render_jinja_template([self.messages], chat_template=template, return_assistant_tokens_mask=True, **settings)
+        rendering: Any = render_jinja_template([self.messages], chat_template=template, return_assistant_tokens_mask=True, **settings)
+        marks: list[Span] = rendering[1][0]
         turns = [i for i, m in enumerate(self.messages) if m["role"] == "assistant"]
-        if len(indices[0]) != len(turns):
+        if len(marks) != len(turns):
             return {}
-        return {turn: (start, self._ended(end)) for turn, (start, end) in zip(turns, indices[0])}
+        return {turn: (start, self._ended(end)) for turn, (start, end) in zip(turns, marks)}
 
     def _by_prefix(self, turn: int) -> Span | None:
         """From the end of the text that precedes the turn to the end of the text that includes it, where both begin the full text."""

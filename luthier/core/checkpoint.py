@@ -27,7 +27,7 @@ def pack(value: Any, tensors: dict[str, torch.Tensor], key: str = "s") -> Any:
         tensors[key] = value.detach().cpu().contiguous().clone()
         return {"@tensor": key}
     if isinstance(value, np.ndarray):
-        tensors[key] = torch.from_numpy(np.ascontiguousarray(value)).clone()
+        tensors[key] = torch.from_numpy(np.array(value, copy=True, order="C"))
         return {"@array": key}
     if isinstance(value, np.generic):
         return value.item()

@@ -220,7 +220,7 @@ def a_kind(value: Any) -> str:
         return "true/false"
     for types, words in (((int, float, np.number), "a number"), (str, "text"), ((list, tuple), "a list"), (Mapping, "an object"), (bytes, "bytes")):
         if isinstance(value, types):
-            return f"{words} ({value})" if words == "a number" else words
+            return f"{words} ({value!s})" if words == "a number" else words
     return "null" if value is None else f"a {type(value).__name__}"
 
 

@@ -227,7 +227,8 @@ def _same_prompt(made: list[Any], turns: list[dict[str, Any]], answers: list[Any
         if not talk.full.startswith(before):
             raise DataError(f"The chat template renders the prompt of {where} differently for the chosen and the rejected answer, so they cannot be compared.")
         end = max(e for _, e in talk.spans([len(talk.messages) - 1]))
-        rebuilt.append(_joined(*[np.zeros(0, np.int64)] * 2, plain_ids(tokenizer, before), plain_ids(tokenizer, talk.full[len(before) : end])))
+        nothing = np.zeros(0, dtype=np.int64)
+        rebuilt.append(_joined(nothing, nothing, plain_ids(tokenizer, before), plain_ids(tokenizer, talk.full[len(before) : end])))
     return rebuilt
 
 

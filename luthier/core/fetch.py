@@ -192,18 +192,17 @@ def _convert(folder: Path, gguf: str) -> None:
     import torch
     import transformers
 
-    from luthier.core.quiet import quiet
+    from luthier.core.quiet import quiet, unquantised
 
     with quiet():
         network = transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf, dtype=torch.float32)
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=gguf)
-    if getattr(network.config, "quantization_config", None) is not None:
-        del network.config.quantization_config
-    network.config.architectures = [type(network).__name__]
+    unquantised(network)
     mend_tokenizer(tokenizer, int(network.config.max_position_embeddings))
     for config in (network.config, network.generation_config):
         config.bos_token_id, config.eos_token_id, config.pad_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
-    network.to(torch.float16).save_pretrained(folder)
+    with quiet():
+        network.to(torch.float16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     (folder / gguf).unlink()
 

@@ -23,7 +23,7 @@ from luthier.core.families import CausalLM, Family
 from luthier.core.fetch import EMBEDDED
 from luthier.core.gguf_export import export_gguf
 from luthier.core.places import Place, place_of
-from luthier.core.quiet import quiet
+from luthier.core.quiet import quiet, unquantised
 from luthier.errors import ModelError, UserError
 
 __all__ = ["DualEncoder", "ImageClassifier", "TextEncoder", "export_gguf", "fingerprint", "load", "load_state", "probe", "save_network", "wrap"]
@@ -104,8 +104,8 @@ def _read(place: Place, dtype: torch.dtype, attention: str, remote: bool) -> Fam
         processor = _processor(transformers, kind, where, place)
     notices += _lacking(report, network, kind, place)
     network.config._name_or_path = network.name_or_path = place.source
-    if getattr(network.config, "quantization_config", None) is not None and place.gguf:
-        del network.config.quantization_config
+    if place.gguf:
+        unquantised(network)
     if kind == "text-encoder":
         family: Family = _text_encoder(network, processor, place, notices)
     else:
@@ -296,7 +296,8 @@ def save_network(family: Family, directory: str | Path) -> None:
             raise ModelError("This model carries prompt vectors that cannot be merged into its weights; export it as an adapter.")
         network = copy.deepcopy(network).merge_and_unload()
     directory.mkdir(parents=True, exist_ok=True)
-    network.save_pretrained(directory)
+    with quiet():
+        network.save_pretrained(directory)
     if family.processor is not None:
         family.processor.save_pretrained(directory)
     if isinstance(family, TextEncoder) and not family.has_classes:

@@ -1,10 +1,11 @@
-"""No progress bars and no reports of transformers for the second that loading takes."""
+"""Talking to transformers: without its bars and reports, and without the traces that a GGUF file leaves on a network."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 
 @contextmanager
@@ -22,3 +23,12 @@ def quiet() -> Iterator[None]:
         logger.setLevel(level)
         if bars:
             transformers.utils.logging.enable_progress_bar()
+
+
+def unquantised(network: Any) -> Any:
+    """A network read from a GGUF file holds plain floats; forget that they were packed, else it could not be saved."""
+    network.hf_quantizer = None
+    if getattr(network.config, "quantization_config", None) is not None:
+        del network.config.quantization_config
+    network.config.architectures = [type(network).__name__]
+    return network

@@ -133,7 +133,7 @@ def evaluate(folder: Path | str) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("name")
+    parser.add_argument("names", nargs="+", metavar="NAME", help=", ".join(builds()))
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--minutes", type=float, default=None)
     parser.add_argument("--seed", type=int, default=None)
@@ -141,7 +141,8 @@ def main() -> None:
     parser.add_argument("--keep", action="store_true", help="write the folder even below the floors")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    build(args.name, args.minutes, args.seed, args.units, args.keep)
+    for name in args.names:
+        build(name, args.minutes, args.seed, args.units, args.keep)
 
 
 if __name__ == "__main__":

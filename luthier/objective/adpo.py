@@ -141,7 +141,7 @@ class ADPO(Preference):
             raise RecipeError("kl is measured to the anchor; with anchor 'none' it must be 0.")
         if self.on_policy:
             _rollout.check_sampling(self.group_size, self.temperature, self.max_new_tokens, self.verifier)
-            self.columns, self.needs = (frozenset({"prompt"}), frozenset({"messages"})), frozenset({"generation"})
+            self.columns, self.needs = (frozenset({"prompt", "completion"}), frozenset({"messages"}), frozenset({"prompt"})), frozenset({"generation"})
         elif self.adaptive_tau or self.drop_failed:
             raise RecipeError("adaptive_tau and drop_failed look at drawn answers; set on_policy: true.")
         else:

@@ -97,6 +97,7 @@ class GRPO(Policy):
     mask_cut: bool = False
     """Leave answers that were cut at the limit out of the loss."""
 
+    columns = (frozenset({"prompt", "completion"}), frozenset({"messages"}), frozenset({"prompt"}))
     needs = frozenset({"generation", "reference"})
 
     def __post_init__(self) -> None:

@@ -98,6 +98,8 @@ class PrefixRFT(Policy):
     max_new_tokens: int = 256
     """Longest answer, prefix included; also the loss's constant divisor."""
 
+    columns = (frozenset({"prompt", "completion"}), frozenset({"messages"}), frozenset({"prompt"}))
+
     def __post_init__(self) -> None:
         _rollout.check_sampling(self.group_size, self.temperature, self.max_new_tokens, self.verifier)
         if not 0 <= self.low <= self.high <= 1:

@@ -141,11 +141,12 @@ class TRAM(TwoPass):
             z = torch.randn(shape, generator=generator) if self.noise == "normal" else torch.rand(shape, generator=generator) * 2 - 1
             return out + self.sigma * z.to(out)
 
-        handle = model.base_network.get_input_embeddings().register_forward_hook(add)
+        handles = [m.register_forward_hook(add) for m in _embeddings(model.base_network)]
         try:
             yield
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
 
     def state_dict(self) -> dict[str, Any]:
         return {"shadow": list(self._shadow)}
@@ -153,6 +154,18 @@ class TRAM(TwoPass):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for mine, saved in zip(self._shadow, state["shadow"]):
             mine.copy_(saved)
+
+
+def _embeddings(network: Any) -> list[nn.Module]:
+    """What turns inputs into vectors: one module, or one a tower."""
+    try:
+        return [network.get_input_embeddings()]
+    except NotImplementedError:
+        ends = ("token_embedding", "patch_embedding", "word_embeddings", "patch_embeddings")
+        found = [m for n, m in network.named_modules() if n.endswith(ends)]
+    if not found:
+        raise TrainingError(f"The input embeddings of {type(network).__name__} are not known; use TRAM's variant 'previous' or 'base'.")
+    return found
 
 
 @torch.no_grad()

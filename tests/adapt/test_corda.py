@@ -137,7 +137,7 @@ def test_logits_are_unchanged_and_padding_does_not_matter():
     alone = context(two)
     alone.batch_size = 1
     CorDA(rank=4, samples=12).attach(two, alone)
-    for (n, p), (_, q) in zip(one.network.named_parameters(), two.network.named_parameters()):
+    for (_, p), (_, q) in zip(one.network.named_parameters(), two.network.named_parameters()):
         torch.testing.assert_close(p, q, atol=1e-5, rtol=1e-4)
 
 

@@ -90,7 +90,7 @@ def test_composes_with_galore():
     model = llama(layers=4)
     method = OwLore(active=2, every=2, samples=4)
     _, optimizer, _ = run(method, model, 5, lambda g: GaLore(lr=0.01, rank=2, refresh=2).build(g))
-    ranks = {s["exp_avg"].shape for p, s in optimizer.state.items() if p.ndim == 2 and "right" in s or "left" in s}
+    ranks = {s["exp_avg"].shape for p, s in optimizer.state.items() if (p.ndim == 2 and "right" in s) or "left" in s}
     assert ranks and all(2 in r for r in ranks)
 
 

@@ -253,3 +253,17 @@ def test_two_tuners_cannot_share_a_stage():
     tuner = method("adapt", "lora")()
     assert tuner.check(Named(adapt=[Named(method="lora"), Named(method="full")])) is None
     assert "two stages" in tuner.check(Named(adapt=[Named(method="lora"), Named(method="ia3")]))
+
+
+def test_networks_that_a_tuner_cannot_change_are_refused_in_a_sentence(monkeypatch):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    from luthier.core.families import CausalLM
+
+    def gpt2():
+        return CausalLM(GPT2LMHeadModel(GPT2Config(vocab_size=20, n_positions=16, n_embd=8, n_layer=1, n_head=2)), None)
+
+    for name, words in (("oft", "peft cannot put"), ("olora", "pissa"), ("osf", "no layer"), ("beft", "`targets`")):
+        with pytest.raises(ModelError, match=words):
+            method("adapt", name)(**({"rank": 2} if name == "olora" else {})).attach(gpt2())
+    assert method("adapt", "lora")(rank=2).attach(gpt2()).groups

@@ -11,7 +11,16 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from luthier.adapt.spiel import SparseConv1D, SparseLinear, Spiel, _plant, momentum_growth, reselection_rate, seeds, spiel
+from luthier.adapt.spiel import (
+    SparseConv1D,
+    SparseLinear,
+    Spiel,
+    _plant,
+    momentum_growth,
+    reselection_rate,
+    seeds,
+    spiel,
+)
 from luthier.core.plugin import Step
 from luthier.errors import RecipeError, TrainingError
 from luthier.optimize.sm3 import SM3

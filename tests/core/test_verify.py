@@ -155,4 +155,5 @@ def test_lab_tasks_judge_their_own_rows():
 def test_unknown_names_are_refused(bad):
     with pytest.raises(RecipeError):
         verifier(bad)
-    assert "Did you mean 'exact'" in str(pytest.raises(RecipeError, verifier, "exakt").value)
+    with pytest.raises(RecipeError, match="Did you mean 'exact'"):
+        verifier("exakt")

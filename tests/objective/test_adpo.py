@@ -48,15 +48,15 @@ def test_constant_anchor_over_all_actions_is_distillation():
 
 def test_shift_invariance_start_value_gradient_and_hessian():
     q = torch.softmax(torch.randn(4), -1)
-    l, ref, tau = torch.randn(4), torch.randn(4), 0.7
-    torch.testing.assert_close(adpo(l + 5.0, ref, q, tau), adpo(l, ref, q, tau))
+    lp, ref, tau = torch.randn(4), torch.randn(4), 0.7
+    torch.testing.assert_close(adpo(lp + 5.0, ref, q, tau), adpo(lp, ref, q, tau))
     uniform = torch.full((4,), 0.25)
     torch.testing.assert_close(adpo(ref, ref, q, tau), (q * (q / uniform).log()).sum())
-    z = l.clone().requires_grad_()
-    p = torch.softmax((l - ref) / tau, -1)
+    z = lp.clone().requires_grad_()
+    p = torch.softmax((lp - ref) / tau, -1)
     (gradient,) = torch.autograd.grad(adpo(z, ref, q, tau), z)
     torch.testing.assert_close(gradient, (p - q) / tau)
-    hessian = torch.autograd.functional.hessian(lambda x: adpo(x, ref, q, tau), l)
+    hessian = torch.autograd.functional.hessian(lambda x: adpo(x, ref, q, tau), lp)
     torch.testing.assert_close(hessian, (torch.diag(p) - torch.outer(p, p)) / tau**2, atol=1e-6, rtol=1e-5)
 
 
@@ -68,11 +68,11 @@ def test_optimum_is_the_reference_times_the_target_to_the_tau():
 
 
 def test_absent_answers_and_hard_targets_give_no_nan():
-    l = torch.tensor([[0.3, -0.2, -torch.inf]], requires_grad=True)
-    loss = adpo(l, None, torch.tensor([[1.0, 0.0, 0.0]]))
+    lp = torch.tensor([[0.3, -0.2, -torch.inf]], requires_grad=True)
+    loss = adpo(lp, None, torch.tensor([[1.0, 0.0, 0.0]]))
     loss.sum().backward()
-    torch.testing.assert_close(loss.detach(), adpo(l[:, :2].detach(), None, torch.tensor([[1.0, 0.0]])))
-    assert torch.isfinite(l.grad).all()
+    torch.testing.assert_close(loss.detach(), adpo(lp[:, :2].detach(), None, torch.tensor([[1.0, 0.0]])))
+    assert torch.isfinite(lp.grad).all()
 
 
 # targets ----------------------------------------------------------------------------------------------------------------
@@ -163,9 +163,9 @@ def test_columns_that_state_the_target():
 def test_max_entropy_target_holds_the_reference():
     family, start = tiny_llama(seed=1), tiny_llama(seed=2)
     batch = random_pairs(rows=2, rows_data=[{"chosen": "", "rejected": "", "scores": [1.0, 0.5]}] * 2)
-    l, ref = (torch.stack([logps_of(f, s).sum() for s in batch.sequences]).reshape(2, 2) for f in (family, start))
+    lp, ref = (torch.stack([logps_of(f, s).sum() for s in batch.sequences]).reshape(2, 2) for f in (family, start))
     q = torch.softmax(ref.detach() + torch.tensor([2.0, 1.0]), -1)
-    expected = F.kl_div(torch.log_softmax(l, -1), q, reduction="none").sum(-1).mean()
+    expected = F.kl_div(torch.log_softmax(lp, -1), q, reduction="none").sum(-1).mean()
     method = ADPO(target="max-entropy", anchor="none")
     torch.testing.assert_close(method.loss(family, batch, Context(family, models={"stage": start})).mean(), expected, atol=1e-4, rtol=1e-4)
 

@@ -51,8 +51,8 @@ def test_every_link_equals_trl(link):
     a, b = (base.clone().requires_grad_() for _ in range(2))
     expected = trl_loss(a * mask, reference, mask, link, 0.3, smoothing)
     size = mask.sum(1) if link == "ipo" else torch.ones(6)
-    l, ref = (b * mask).sum(1) / size, reference.sum(1) / size
-    mine = dpo(l[:3], l[3:], ref[:3], ref[3:], 0.3, link, smoothing).mean()
+    lp, ref = (b * mask).sum(1) / size, reference.sum(1) / size
+    mine = dpo(lp[:3], lp[3:], ref[:3], ref[3:], 0.3, link, smoothing).mean()
     torch.testing.assert_close(mine, expected)
     for x in (mine, expected):
         x.backward()
@@ -83,8 +83,8 @@ def sums(family, batch):
 def test_class_equals_the_formula_on_separate_rows():
     family, start = tiny_llama(seed=1), tiny_llama(seed=2)
     batch, ctx = random_pairs(rows=3), Context(family, models={"stage": start})
-    l, ref = sums(family, batch), sums(start, batch).detach()
-    h = (l - ref)[:, 0] - (l - ref)[:, 1]
+    lp, ref = sums(family, batch), sums(start, batch).detach()
+    h = (lp - ref)[:, 0] - (lp - ref)[:, 1]
     expected = -F.logsigmoid(0.1 * h).mean()
     loss = DPO().loss(family, batch, ctx)
     torch.testing.assert_close(loss.mean(), expected, atol=1e-5, rtol=1e-5)
@@ -92,7 +92,7 @@ def test_class_equals_the_formula_on_separate_rows():
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-3)
     assert ctx.logged["dpo/margin"] == pytest.approx(0.1 * float(h.detach().mean()), abs=1e-5)
     assert ctx.logged["dpo/accuracy"] == pytest.approx(float((h > 0).float().mean()))
-    assert ctx.logged["dpo/chosen_logp"] == pytest.approx(float(l[:, 0].detach().mean()), abs=1e-4)
+    assert ctx.logged["dpo/chosen_logp"] == pytest.approx(float(lp[:, 0].detach().mean()), abs=1e-4)
 
 
 def test_at_the_reference_it_is_log_2_with_half_the_gradient():
@@ -101,8 +101,8 @@ def test_at_the_reference_it_is_log_2_with_half_the_gradient():
     ctx, batch = Context(family, models={"round": family.frozen_copy()}), random_pairs(rows=2)
     loss = DPO(beta=0.3, reference="round").loss(family, batch, ctx).mean()
     assert float(loss.detach()) == pytest.approx(math.log(2), abs=1e-5)
-    l = sums(family, batch)
-    for a, b in zip(gradients(family, loss), gradients(family, -0.15 * (l[:, 0] - l[:, 1]).mean())):
+    lp = sums(family, batch)
+    for a, b in zip(gradients(family, loss), gradients(family, -0.15 * (lp[:, 0] - lp[:, 1]).mean())):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-3)
 
 

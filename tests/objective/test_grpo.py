@@ -78,7 +78,7 @@ def test_loss_equals_trl_on_the_same_rollouts(loss_type):
     torch.testing.assert_close(split, expected, atol=1e-5, rtol=1e-4)
     for a, b in zip(gradients(family, split), gradients(family, expected)):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-3)
-    assert 0 < float(loss.terms["clipped"].total) and loss.terms["kl"].weight == 0.2
+    assert float(loss.terms["clipped"].total) > 0 and loss.terms["kl"].weight == 0.2
 
 
 def test_equal_rewards_have_no_gradient():
