@@ -238,8 +238,8 @@ class LoraLike(Targeted):
     dropout: float = 0.0
     """Dropout on the update's input."""
 
-    positive = ("rank", "alpha")
-    shares = ("dropout",)
+    positive: ClassVar[tuple[str, ...]] = ("rank", "alpha")
+    shares: ClassVar[tuple[str, ...]] = ("dropout",)
 
     def lora(self, model: Family, **more: Any) -> Any:
         """peft's LoraConfig with this method's settings."""
@@ -261,7 +261,7 @@ class MovedBase(LoraLike):
     alpha: float | None = None
     """The adapter's product is scaled by alpha / rank; default: alpha = rank, no scaling."""
 
-    positive = ("rank", "alpha")
+    positive: ClassVar[tuple[str, ...]] = ("rank", "alpha")
     switchable = False
 
     def lora(self, model: Family, **more: Any) -> Any:
@@ -336,10 +336,15 @@ class Prompted(PeftAdapter):
 
     role: ClassVar[str] = "prompt"
     families = frozenset({"causal-lm"})
-    positive = ("tokens",)
+    positive: ClassVar[tuple[str, ...]] = ("tokens",)
 
     def task(self, model: Family) -> str | None:
         return "CAUSAL_LM"
+
+    def check(self, recipe: Any) -> str | None:
+        if getattr(recipe, "merge", None):
+            return f"'{self.name}' learns vectors beside the weights, so its result cannot be merged; leave out `merge`, or choose another value for `adapt`."
+        return super().check(recipe)
 
 
 def text_ids(model: Family, text: str, length: int) -> Tensor:

@@ -53,6 +53,7 @@ class AdaLora(Targeted):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._grads: dict[str, Tensor] = {}
+        self._tuner: Any = None
 
     def config(self, model: Family, ctx: Context | None = None) -> Any:
         from peft import AdaLoraConfig

@@ -107,6 +107,7 @@ class CorDA(MovedBase):
 
     families = frozenset({"causal-lm", "text-encoder", "image-classifier", "dual-encoder"})
     positive = ("rank", "alpha", "samples", "damp")
+    toy = {"rank": 4, "samples": 8}
 
     def config(self, model: Family, ctx: Context | None = None) -> Any:
         from peft.tuners.lora.config import CordaConfig
@@ -120,6 +121,7 @@ class CorDA(MovedBase):
             raise RecipeError(f"'rank' is {self.rank}, but the smallest side of the targeted layers is {small}; lower it or name wider layers.")
         contexts = self.contexts(model, chosen, ctx)
         self.report = {}
+        layer: Any
         for name, layer in chosen.items():
             weight = layer.weight if isinstance(layer, torch.nn.Linear) else layer.weight.T
             u, s, vh, self.report[name] = decompose(weight, contexts.get(name), self.damp)

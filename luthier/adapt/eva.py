@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -36,6 +37,7 @@ class Eva(LoraLike):
 
     families = frozenset({"causal-lm"})
     positive = ("rank", "alpha", "samples", "spread")
+    toy = {"rank": 4}
 
     def config(self, model: Family, ctx: Context | None = None) -> Any:
         from peft.tuners.lora import EvaConfig
@@ -47,12 +49,25 @@ class Eva(LoraLike):
 
         size = ctx.batch_size if ctx is not None else 16
         rows = calibration_rows(ctx, self.samples, self.name)
-        batches = [_padded(model, rows[i : i + size]) for i in range(0, len(rows), size)]
+        needed = math.ceil(self.rank * self.spread)
+        batches = _batches(model, rows, size, needed)
+        if not batches:
+            raise ModelError(f"EVA needs {needed} supervised tokens (rank x spread) to begin with and these {len(rows)} rows hold fewer; give it more rows or a smaller rank.")
         with model.evaluating():
             try:
                 initialize_lora_eva_weights(model.network, batches, show_progress_bar=False)
             except ValueError as error:
                 raise ModelError(f"EVA's decomposition did not work on these rows ({error}); give it more rows or a smaller rank.") from error
+
+
+def _batches(model: Family, rows: list[Any], size: int, needed: int) -> list[dict[str, torch.Tensor]]:
+    """Batches of at least `needed` supervised tokens, which peft would otherwise wait for for ever; larger ones where rows are short."""
+    while True:
+        made = [_padded(model, rows[i : i + size]) for i in range(0, len(rows), size)]
+        fit = [b for b in made if int((b["labels"] != -100).sum()) >= needed]
+        if fit or size >= len(rows):
+            return fit
+        size *= 2
 
 
 def _padded(model: Family, rows: list[Any]) -> dict[str, torch.Tensor]:

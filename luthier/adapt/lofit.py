@@ -134,7 +134,7 @@ class LoFiT(Adapter):
         self._edits = edits = HeadEdits(len(self._sites), count, dim, number).to(model.device)
         network.add_module("lofit", edits)
         for layer, site in enumerate(self._sites):
-            module = network.get_submodule(site)
+            module: Any = network.get_submodule(site)
             module.lofit_place = (edits, layer)  # a tuple: the one module stays registered below the network only
             module.register_forward_pre_hook(_edit)
         rng = ctx.rng("lofit") if ctx is not None else torch.Generator().manual_seed(0)
@@ -200,7 +200,7 @@ class LoFiT(Adapter):
             undo.append((model.config, "attention_bias", model.config.attention_bias))
             model.config.attention_bias = True
         for name in self._needs_bias:
-            layer = network.get_submodule(name)
+            layer: Any = network.get_submodule(name)
             undo.append((layer, "bias", None))
             layer.bias = nn.Parameter(torch.zeros(layer.weight.shape[0], dtype=layer.weight.dtype, device=layer.weight.device), requires_grad=False)
         with torch.no_grad():

@@ -7,6 +7,7 @@ comes after it. A turn's span begins where generation would begin and ends with 
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
@@ -96,6 +97,15 @@ def text_of(message: Message) -> str:
     return "" if content is None else str(content)
 
 
+def _extras(given: Any, tokenizer: Any, where: str) -> dict[str, Any]:
+    """A row's own values for the template. Rows are data: they may not replace the template or say how it is applied."""
+    own = inspect.signature(tokenizer.apply_chat_template).parameters
+    wrong = [str(k) for k in given if k in own] if isinstance(given, Mapping) else [str(given)]
+    if wrong:
+        raise DataError(f"In {where} chat_template_kwargs holds {', '.join(wrong)[:80]}; only values that the template itself reads can be given, such as {{enable_thinking: false}}.")
+    return dict(given)
+
+
 @dataclass
 class Conversation:
     """Messages and the template they are rendered with."""
@@ -110,7 +120,7 @@ class Conversation:
     def of(cls, messages: SequenceOf[Message], tokenizer: Any, example: Mapping[str, Any], where: str = "the row") -> Conversation:
         if not has_template(tokenizer):
             raise DataError(f"In {where} there are messages, but the tokenizer has no chat template; use a chat model, give it a template, or write the rows as prompt and completion.")
-        extras = dict(example.get("chat_template_kwargs") or {})
+        extras = _extras(example.get("chat_template_kwargs") or {}, tokenizer, where)
         if example.get("tools"):
             extras["tools"] = example["tools"]
         shown = [{k: v for k, v in m.items() if k != "train" and v is not None} for m in messages]

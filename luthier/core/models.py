@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from luthier.core.batch import Sequence
 from luthier.core.encoders import DualEncoder, ImageClassifier, TextEncoder
 from luthier.core.families import CausalLM, Family
-from luthier.core.fetch import EMBEDDED
+from luthier.core.fetch import ALIASES, EMBEDDED, fetch
 from luthier.core.gguf_export import export_gguf
 from luthier.core.places import Place, place_of
 from luthier.core.quiet import quiet, unquantised
@@ -35,13 +35,18 @@ TOLERANCE = 1e-4
 
 
 def load(
-    spec: Any, device: str = "auto", dtype: str = "auto", attention: str = "sdpa", base: Any = None, trust_remote_code: bool = False
-) -> Family:
+    spec: Any, device: str = "auto", dtype: str = "auto", attention: str = "sdpa", base: Any = None, trust_remote_code: bool = False,
+    tokenizer: str | None = None, template: str | None = None,
+) -> Family:  # fmt: skip
     """A model, ready to train or to ask.
 
     spec: an embedded name (smollm2-135m, minilm), `lab:NAME`, a folder (a transformers model, a peft adapter, a run of ours), a
     .gguf file, or a hub id. Weights are fp32 unless `dtype` says bf16 or fp16; half-precision files are converted. An adapter's
-    base is the one it names, or `base`, which must then be the model that the adapter was trained on."""
+    base is the one it names, or `base`, which must then be the model that the adapter was trained on. `tokenizer`: another
+    tokenizer's folder or id; `template`: a chat template, or a file that holds one. A mapping {id: spec, dtype: ...} gives the options as well."""
+    if isinstance(spec, Mapping):
+        options = {"dtype": dtype, "attention": attention, "trust_remote_code": trust_remote_code, "tokenizer": tokenizer, "template": template, **spec}
+        return load(options.pop("id"), device, base=base, **options)
     if hasattr(spec, "network"):
         return spec
     target = _device(device)
@@ -49,12 +54,12 @@ def load(
         raise ModelError(f"There is no dtype '{dtype}'; it is one of {', '.join(sorted(DTYPES))}.")
     place = place_of(spec)
     if place.kind == "adapter":
-        return _adapter(place, target, dtype, attention, base, trust_remote_code)
+        return dressed(_adapter(place, target, dtype, attention, base, trust_remote_code, tokenizer), None, template)
     if base is not None:
         raise ModelError(f"'{spec}' is a whole model, so it has no base; leave `base` out.")
-    family = _read(place, DTYPES[dtype], attention, trust_remote_code)
+    family = _read(place, DTYPES[dtype], attention, trust_remote_code, tokenizer)
     family.network.to(target)
-    return _ready(family)
+    return _ready(dressed(family, None, template))
 
 
 def wrap(network: nn.Module, processor: Any = None, source: str = "") -> Family:
@@ -89,7 +94,7 @@ def family_of(config: Any, architectures: list[str] | None = None) -> str:
 
 
 # reading ----------------------------------------------------------------------------------------------------------------
-def _read(place: Place, dtype: torch.dtype, attention: str, remote: bool) -> Family:
+def _read(place: Place, dtype: torch.dtype, attention: str, remote: bool, tokenizer: str | None = None) -> Family:
     import transformers
 
     where = {"pretrained_model_name_or_path": str(place.path or place.source), "trust_remote_code": remote}
@@ -101,7 +106,7 @@ def _read(place: Place, dtype: torch.dtype, attention: str, remote: bool) -> Fam
         config = transformers.AutoConfig.from_pretrained(**where)
         kind = "causal-lm" if place.gguf else family_of(config)
         network, report, notices = _network(transformers, config, kind, where, dtype, attention)
-        processor = _processor(transformers, kind, where, place)
+        processor = _processor(transformers, kind, where, place) if tokenizer is None or kind == "dual-encoder" else None
     notices += _lacking(report, network, kind, place)
     network.config._name_or_path = network.name_or_path = place.source
     if place.gguf:
@@ -111,7 +116,7 @@ def _read(place: Place, dtype: torch.dtype, attention: str, remote: bool) -> Fam
     else:
         family = {"causal-lm": CausalLM, "image-classifier": ImageClassifier, "dual-encoder": DualEncoder}[kind](network, processor, place.source)
     family.notices += notices
-    return family
+    return dressed(family, tokenizer, None, remote)
 
 
 def _network(transformers: Any, config: Any, kind: str, where: dict[str, Any], dtype: torch.dtype, attention: str) -> tuple[nn.Module, dict[str, Any], list[str]]:
@@ -158,6 +163,30 @@ def _processor(transformers: Any, kind: str, where: dict[str, Any], place: Place
     return transformers.AutoTokenizer.from_pretrained(path, **given)
 
 
+def dressed(family: Family, tokenizer: str | None, template: str | None, remote: bool = False) -> Family:
+    """The family with another tokenizer (a folder or an id) and another chat template (a text, or a file that holds one)."""
+    if tokenizer is not None:
+        import transformers
+
+        path = Path(tokenizer).expanduser()
+        known = ALIASES.get(tokenizer.lower(), tokenizer)
+        where = str(fetch(known)) if known in EMBEDDED else str(path) if path.is_dir() else tokenizer
+        try:
+            read = transformers.AutoTokenizer.from_pretrained(where, trust_remote_code=remote, local_files_only=path.is_dir())
+        except (OSError, ValueError, KeyError) as error:
+            raise ModelError(f"The tokenizer '{tokenizer}' cannot be loaded: {_first(error)}") from error
+        if hasattr(family.processor, "image_processor"):
+            family.processor.tokenizer = read
+        else:
+            family.processor = read
+    if template is not None:
+        file = Path(template).expanduser() if "\n" not in template and "{" not in template else None
+        if file is not None and not file.is_file():
+            raise ModelError(f"The chat template {file} does not exist; give a .jinja file or the template itself.")
+        family.tokenizer.chat_template = template if file is None else file.read_text(encoding="utf-8")
+    return family
+
+
 def _text_encoder(network: nn.Module, tokenizer: Any, place: Place, notices: list[str]) -> TextEncoder:
     """With the pooling and the length that a sentence-transformers folder states."""
     family = TextEncoder(network, tokenizer, place.source)
@@ -181,7 +210,7 @@ def _text_encoder(network: nn.Module, tokenizer: Any, place: Place, notices: lis
     return family
 
 
-def _adapter(place: Place, device: torch.device, dtype: str, attention: str, base: Any, remote: bool) -> Family:
+def _adapter(place: Place, device: torch.device, dtype: str, attention: str, base: Any, remote: bool, tokenizer: str | None = None) -> Family:
     from peft import PeftModel
 
     assert place.path is not None
@@ -193,8 +222,10 @@ def _adapter(place: Place, device: torch.device, dtype: str, attention: str, bas
         raise ModelError(f"The adapter {place.path} belongs to '{named}', not to '{base}'; an adapter on another base gives nonsense.")
     if not (place.path / "adapter_model.safetensors").is_file():
         raise ModelError(f"{place.path} holds no adapter_model.safetensors; save the adapter with peft as safetensors.")
+    if tokenizer is None and (place.path / "tokenizer_config.json").is_file():
+        tokenizer = str(place.path)  # what was saved with the adapter is what it was trained with
     try:
-        family = load(named if base is None else base, str(device), dtype, attention, trust_remote_code=remote)
+        family = load(named if base is None else base, str(device), dtype, attention, trust_remote_code=remote, tokenizer=tokenizer)
     except ModelError as error:
         raise ModelError(f"The base of the adapter {place.path} cannot be loaded. {error} If it has moved, say where with `base=`.") from error
     try:
@@ -256,12 +287,13 @@ def probe(family: CausalLM) -> str | None:
     """Score three rows that share a prefix together and apart. If they differ, rows no longer share; the sentence says so."""
     window = getattr(family.config, "sliding_window", None) or 0
     rows = _probe_rows(int(family.config.get_text_config().vocab_size), min(int(window), 32))
-    family.can_share = True
+    family.can_share = False
     with family.evaluating():
+        apart = family.score(rows).logp
+        _check_head(family, rows[0], apart)
+        family.can_share = True
         try:
             together = family.score(rows).logp
-            family.can_share = False
-            apart = family.score(rows).logp
         except (RuntimeError, ValueError, TypeError, KeyError, IndexError, NotImplementedError) as error:
             family.can_share = False
             return f"Rows that begin alike are computed apart, because this model cannot share their tokens ({_first(error)})."
@@ -270,6 +302,19 @@ def probe(family: CausalLM) -> str | None:
     difference = float((together - apart).abs().max())
     family.can_share = bool(difference <= tolerance * max(1.0, float(apart.abs().max())))
     return None if family.can_share else f"Rows that begin alike are computed apart, because sharing their tokens would change this model's scores (by {difference:.1e})."
+
+
+def _check_head(family: CausalLM, row: Sequence, found: Tensor) -> None:
+    """What we say of a row must be what the network itself says of it."""
+    if family.is_prompted:
+        return
+    logits = family.network(input_ids=torch.from_numpy(row.ids)[None].to(family.device), use_cache=False).logits[0]
+    at = torch.from_numpy(row.supervised).to(family.device)
+    target = torch.from_numpy(row.labels).to(family.device)[at]
+    wanted = torch.log_softmax(logits[at - 1].float(), -1)[torch.arange(len(at), device=at.device), target]
+    tolerance = TOLERANCE if family.dtype == torch.float32 else 0.1
+    if not torch.allclose(found[: len(wanted)], wanted, rtol=tolerance, atol=tolerance * 10):
+        raise ModelError(f"A {type(family.base_network).__name__} changes its logits in a way that is not known here, so its scores would be wrong.")
 
 
 def _probe_rows(vocabulary: int, window: int) -> list[Sequence]:
@@ -362,8 +407,9 @@ def fingerprint(network: Any) -> str:
         if not isinstance(tensor, Tensor):
             continue
         flat = tensor.detach().contiguous().flatten()
-        flat = flat.view(_AS_INTEGERS[flat.element_size()]) if flat.dtype.is_floating_point else flat.long()
-        sample = flat[:: max(1, len(flat) // 64)].cpu().numpy()
+        sample = flat[:: max(1, len(flat) // 64)].cpu().contiguous()
+        whole = len(flat) * flat.element_size() % 8 == 0 and flat.data_ptr() % 8 == 0
+        flat = flat.view(torch.int64 if whole else _AS_INTEGERS[flat.element_size()])
         digest.update(f"{name}{list(tensor.shape)}{tensor.dtype}{int(flat.sum(dtype=torch.int64)) if len(flat) else 0}".encode())
-        digest.update(np.ascontiguousarray(sample).tobytes())
+        digest.update(sample.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:32]

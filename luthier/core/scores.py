@@ -58,7 +58,8 @@ class TokenScores:
         return TokenScores(self.hidden.detach(), self.head, self.target, self.sequence, self.sequences, self.chunk)
 
     def slices(self) -> Iterator[slice]:
-        for start in range(0, len(self), self.chunk):
+        """Chunks of the supervised tokens; where there are none, one empty chunk, so that results keep their shape and graph."""
+        for start in range(0, max(1, len(self)), self.chunk):
             yield slice(start, min(start + self.chunk, len(self)))
 
     def map(self, function: Callable[..., Any], *others: TokenScores) -> Any:
@@ -79,8 +80,6 @@ class TokenScores:
 
             h = self.hidden[at]
             pieces.append(checkpoint(run, h, use_reentrant=False, preserve_rng_state=False) if grad else run(h))
-        if not pieces:
-            return self.hidden.new_zeros(0, dtype=torch.float32)
         if isinstance(pieces[0], tuple):
             return tuple(torch.cat(column) for column in zip(*pieces))
         return torch.cat(pieces)
@@ -94,7 +93,7 @@ class TokenScores:
                 pieces = [
                     _FrozenHeadLogProb.apply(self.hidden[at], weight, bias, self.target[at], self.head.scale) for at in self.slices()
                 ]
-                self._logp = torch.cat(pieces) if pieces else self.hidden.sum(-1).float()
+                self._logp = torch.cat(pieces)
             else:
                 self._logp = self.map(lambda logits, at: log_prob(logits, self.target[at]))
         return self._logp
@@ -156,4 +155,5 @@ def kl(p_logits: Tensor, q_logits: Tensor) -> Tensor:
     """KL(p || q) over the last dimension; 0 log 0 = 0."""
     logp, logq = torch.log_softmax(p_logits.float(), -1), torch.log_softmax(q_logits.float(), -1)
     p = logp.exp()
-    return torch.where(p > 0, p * (logp - logq), torch.zeros_like(p)).sum(-1)
+    # masked before the product, else an impossible token (-inf in both) would make the gradient NaN
+    return (p * (logp - logq).masked_fill(p == 0, 0)).sum(-1)

@@ -19,7 +19,7 @@ from luthier.core.context import Context
 from luthier.core.engine import Engine, Outcome, Plan
 from luthier.core.journal import Journal
 from luthier.core.rows import Rows
-from luthier.errors import RecipeError, UserError
+from luthier.errors import ModelError, RecipeError, UserError
 
 if TYPE_CHECKING:
     from luthier.core.families import Family
@@ -92,7 +92,8 @@ class Stage:
             state = checkpoint.load(kept)
             ctx.load_state_dict(state["context"])
             self.facts |= state["facts"]
-            return Rows(state["rows"], ids=state["ids"], name="train", source=state["source"])
+            ctx.streams["train"] = rows = Rows(state["rows"], ids=state["ids"], name="train", source=state["source"])
+            return rows
         rows = self.streams.get("train")
         if rows is None:
             raise RecipeError("The recipe's data has no 'train' rows; add `data: {train: FILE}`.")
@@ -179,7 +180,7 @@ class Stage:
         ctx.clock.step = ctx.clock.steps
         if recipe.merge:
             with self.engine.folded():
-                family = plain(family)
+                family = merged(family)
             merger = recipe.merge[0].build()
             base, tuned = self._merge_inputs(family, ctx)
             load_state(family, dict(merger.merge(base, tuned, ctx).items()))
@@ -189,7 +190,7 @@ class Stage:
         writing = target.with_name(".writing-model")
         try:
             if recipe.merge or len(plan.adapters) > 1:
-                save_network(plain(family), writing)
+                save_network(merged(family), writing)
             else:
                 plan.adapters[0].export(family, writing)
         except OSError as error:
@@ -264,9 +265,23 @@ def frozen(family: Family) -> Family:
 
 
 def plain(family: Family) -> Family:
-    """The same model as a plain transformers network, adapters merged in."""
+    """The same model as a plain transformers network where its adapters can be merged in, else as it is."""
+    try:
+        return merged(family)
+    except ModelError:
+        return family
+
+
+def merged(family: Family) -> Family:
+    """The same model as a plain transformers network. An adapter that cannot be merged into the weights is refused."""
+    advice = "leave out `merge`, or choose another value for `adapt`"
     if hasattr(family.network, "merge_and_unload"):
-        family.network = family.network.merge_and_unload()
+        try:
+            family.network = family.network.merge_and_unload()
+        except (ValueError, NotImplementedError, TypeError, AttributeError) as error:
+            raise ModelError(f"This adapter cannot be merged into the weights ({error}); {advice}.") from error
+    if hasattr(family.network, "peft_config"):
+        raise ModelError(f"Learned prompts cannot be merged into the weights; {advice}.")
     return family
 
 

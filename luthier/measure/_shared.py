@@ -113,4 +113,5 @@ def gold_nll(model: Family, rows: Any, ctx: Context | None, limit: int) -> float
 
 
 def has_answers(rows: Any) -> bool:
-    return bool(rows) and len(rows) > 0 and isinstance(rows[0], Mapping) and answer_of(rows[0]) is not None
+    """Whether rows have one right answer each; of a pair of answers neither need be the only right one."""
+    return bool(rows) and len(rows) > 0 and isinstance(rows[0], Mapping) and "chosen" not in rows[0] and answer_of(rows[0]) is not None

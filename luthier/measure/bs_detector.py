@@ -85,6 +85,7 @@ class BSDetector(Measure):
     """At most so many rows, as a measure."""
 
     families = frozenset({"causal-lm"})
+    toy = {"max_new_tokens": 4, "samples": 2}
 
     def __post_init__(self) -> None:
         if self.samples < 1 or self.temperature <= 0 or not 0 <= self.alpha <= 1 or not 0 <= self.beta <= 1:

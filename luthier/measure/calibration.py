@@ -49,6 +49,8 @@ class Calibration(Measure):
     risk: float = 0.1
     """The share of wrong answers that the suggested abstention allows."""
 
+    toy = {"max_new_tokens": 4}
+
     def __post_init__(self) -> None:
         if self.bins < 1 or not 0 <= self.risk < 1:
             raise RecipeError(f"calibration needs bins >= 1 and 0 <= risk < 1, not bins {self.bins} and risk {self.risk}.")

@@ -60,6 +60,7 @@ class ContextControl(Measure):
 
     families = frozenset({"causal-lm"})
     needs = frozenset({"generation"})
+    toy = {"max_new_tokens": 4}
 
     def measure(self, model: Family, rows: Any, ctx: Context | None = None) -> Measures:
         if rows is None or not len(rows) or not {"question", "context", "answer"} <= set(rows[0]):

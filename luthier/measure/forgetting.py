@@ -34,6 +34,8 @@ class Forgetting(Measure):
     max_new_tokens: int = 24
     """An answer is cut here."""
 
+    toy = {"max_new_tokens": 4}
+
     def measure(self, model: Family, rows: Any, ctx: Context | None = None) -> Measures:
         out = Measures()
         general = ctx.rows("general") if ctx is not None and ctx.has_rows("general") else None

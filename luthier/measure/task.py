@@ -29,7 +29,7 @@ class Task(Measure):
     """The share of test rows answered rightly, with its interval, on the test rows and on each out-of-domain stream.
 
     Language models answer greedily and a verifier judges (exact match by default); classifiers are measured by accuracy, encoders by
-    how often a row's own partner is the nearest of all (recall@1). Language models are also given the mean negative log-likelihood
+    how often a row's own partner is the nearest of all (recall@1), preference rows by how often the better answer is the likelier one. Language models are also given the mean negative log-likelihood
     of the gold answers. A row's score is in [0, 1]."""
 
     verify: str = "exact"
@@ -42,6 +42,8 @@ class Task(Measure):
     """Which row streams are measured, where the data has them."""
     examples: int = 8
     """How many answers the table shows, wrong ones first."""
+
+    toy = {"max_new_tokens": 4}
 
     def measure(self, model: Family, rows: Any, ctx: Context | None = None) -> Measures:
         out = Measures()
@@ -56,7 +58,9 @@ class Task(Measure):
 
     def _stream(self, model: Family, rows: list[Any], ctx: Context | None, stream: str, out: Measures) -> None:
         prefix = "" if stream == "test" else f"{stream}_"
-        if "generate" in model.verbs:
+        if "chosen" in rows[0] and "score" in model.verbs:
+            scores, name = _preferred(model, rows), "pair_accuracy"
+        elif "generate" in model.verbs:
             if not has_answers(rows):
                 return
             answers = answered(model, rows, ctx, stream, self.verify, self.max_new_tokens)
@@ -80,6 +84,14 @@ class Task(Measure):
         a, b = model.embed(batch, left), model.embed(batch, right)
         nearest = (a / a.norm(dim=-1, keepdim=True) @ (b / b.norm(dim=-1, keepdim=True)).T).argmax(-1).cpu().numpy()
         return (nearest == np.arange(len(rows))).astype(float), "recall_at_1"
+
+
+def _preferred(model: Family, rows: list[Any]) -> np.ndarray:
+    """Whether log p (summed over tokens) of the chosen answer is above the rejected one's, row by row."""
+    batch = model.collate(rows)
+    summed = model.score(batch).rows("sum").cpu().numpy()
+    found = {(s.row, s.branch): summed[i] for i, s in enumerate(batch.sequences)}
+    return np.array([float(found[i, "chosen"] > found[i, "rejected"]) for i in range(len(rows))])
 
 
 def _prompt(row: Any) -> str:

@@ -124,6 +124,7 @@ class ADPO(Preference):
 
     columns = (frozenset({"prompt", "chosen", "rejected"}), frozenset({"chosen", "rejected"}), frozenset({"prompt", "responses"}))
     needs = frozenset({"reference", "generation"})
+    toy = {"max_new_tokens": 4}
 
     def __post_init__(self) -> None:
         for name, allowed in (("target", ("listwise", "kde", "pairwise", "hard", "max-entropy")), ("bandwidth", ("silverman", "median")),

@@ -99,6 +99,7 @@ class GRPO(Policy):
 
     columns = (frozenset({"prompt", "completion"}), frozenset({"messages"}), frozenset({"prompt"}))
     needs = frozenset({"generation", "reference"})
+    toy = {"max_new_tokens": 4, "group_size": 2}
 
     def __post_init__(self) -> None:
         _rollout.check_sampling(self.group_size, self.temperature, self.max_new_tokens, self.verifier)

@@ -9,13 +9,13 @@ if TYPE_CHECKING:
 
 LABELS = {
     "task/exact_match": "answered rightly (test rows)", "task/ood_exact_match": "answered rightly (out of domain)",
-    "task/accuracy": "classified rightly (test rows)", "task/ood_accuracy": "classified rightly (out of domain)", "task/score": "score (test rows)",
+    "task/accuracy": "classified rightly (test rows)", "task/ood_accuracy": "classified rightly (out of domain)", "task/score": "score (test rows)", "task/pair_accuracy": "better answer likelier (test rows)",
     "task/recall_at_1": "partner found first (test rows)", "task/nll": "loss a token (test rows)", "task/ood_nll": "loss a token (out of domain)",
     "forgetting/general_score": "general questions answered rightly", "forgetting/general_nll": "loss a token (general rows)",
     "forgetting/kl_to_base": "distance from the base, nats a token", "calibration/ece": "calibration error", "calibration/auroc": "knows when it is right (AUROC)",
     "calibration/brier": "Brier score", "calibration/aurc": "error, averaged over coverage",
 }  # fmt: skip
-SHARES = ("exact_match", "accuracy", "general_score", "recall_at_1", "score")
+SHARES = ("exact_match", "accuracy", "pair_accuracy", "general_score", "recall_at_1", "score")
 
 
 def plain_report(run: Run, stages: list[dict[str, Any]], seconds: float) -> tuple[str, dict[str, Any]]:
@@ -53,7 +53,7 @@ def verdict(changes: list[dict[str, Any]]) -> list[str]:
     """Up to three sentences: what was gained, what was lost, how far it is to be trusted."""
     by = {c["name"]: c for c in changes}
     said = []
-    gained = next((by[n] for n in ("task/exact_match", "task/accuracy", "task/score", "task/recall_at_1") if n in by), None)
+    gained = next((by[n] for n in ("task/exact_match", "task/accuracy", "task/score", "task/recall_at_1", "task/pair_accuracy") if n in by), None)
     if gained is not None:
         said.append(_sentence("Gained" if _improved(gained) else "Not gained", gained))
     lost = by.get("forgetting/general_score")

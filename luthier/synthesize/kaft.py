@@ -113,6 +113,8 @@ class KAFT(Synthesizer):
     """Length of a closed-book answer."""
     report: dict[str, Any] = field(default_factory=dict, init=False)
 
+    toy = {"max_new_tokens": 4}
+
     def __post_init__(self) -> None:
         if min(self.counterfactual, self.irrelevant, self.empty) < 0 or not 0 <= self.hard <= 1:
             raise RecipeError("kaft's shares are not negative and `hard` is between 0 and 1.")

@@ -49,6 +49,7 @@ class SelfPlay(Synthesizer):
 
     needs = frozenset({"generation"})
     families = frozenset({"causal-lm"})
+    toy = {"max_new_tokens": 4}
 
     def __post_init__(self) -> None:
         if self.temperature < 0 or self.max_new_tokens < 1 or self.keep_rounds < 1:

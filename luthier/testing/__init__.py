@@ -9,13 +9,14 @@ from __future__ import annotations
 from typing import Any
 
 
-def check_method(method: Any, **options: Any) -> list[str]:
+def check_method(method: Any, skip: tuple[str, ...] = (), **options: Any) -> list[str]:
     """Run the battery of the method's axis. Returns what was checked; raises `NotConforming` with one sentence at the first failure.
 
-    `method` is a class, "axis/name", or a file such as "./mine.py:MyLoss"; `options` are fields to try it with."""
+    `method` is a class, "axis/name", or a file such as "./mine.py:MyLoss"; `options` are fields to try it with;
+    `skip` names checks to leave out."""
     from luthier.testing.battery import check_method as run
 
-    return run(method, **options)
+    return run(method, skip, **options)
 
 
 def new(axis: str, name: str, directory: str | None = None) -> list[Any]:

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import inspect
 import math
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -14,13 +15,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from luthier.catalog import AXES, field_docs, fields_of, method
+from luthier.catalog import AXES, entries, field_docs, fields_of, method
 from luthier.core import checkpoint
 from luthier.core.batch import Batch
 from luthier.core.context import Context
 from luthier.core.loss import Loss, of
+from luthier.core.plugin import Plugin, defines
 from luthier.errors import UserError
 from luthier.testing import tiny, toys
+
+
+STEPS = 4
+NEIGHBOURS = {"select": ("random",), "adapt": ("lora", "full"), "merge": ("task-arithmetic",), "measure": ("task",)}
+"""What a method is run with: the first of each axis that serves its family of models."""
 
 
 class NotConforming(AssertionError):
@@ -34,6 +41,10 @@ class Case:
         self.cls, self.options = cls, {**cls.toy, **options}
         self.family = toys.shared_family([cls]) or "causal-lm"
         self.columns = toys.columns_for([cls], self.family)
+        self.folder = Path(tempfile.mkdtemp(prefix="luthier-check-"))
+        self.whole: Any = None
+        """The finished run of `runs_in_a_recipe`, and its recipe."""
+        self.plan: dict[str, Any] = {}
 
     def build(self) -> Any:
         return self.cls(**copy.deepcopy(self.options))
@@ -65,18 +76,30 @@ class Case:
         return plugin.collate(list(rows), rows.ids, ctx) if hasattr(plugin, "collate") else ctx.current.collate(list(rows), rows.ids)  # type: ignore[union-attr]
 
 
-def check_method(given: Any, **options: Any) -> list[str]:
-    """Run the common checks and those of the method's axis; returns their names."""
+def check_method(given: Any, skip: tuple[str, ...] = (), **options: Any) -> list[str]:
+    """Run the common checks and those of the method's axis, without those in `skip`; returns their names."""
     cls = _class_of(given)
     case = Case(cls, options)
     done = []
-    for check in (*COMMON, *AXIS[cls.axis]):
-        try:
-            check(case)
-        except NotConforming as found:
-            raise NotConforming(f"{cls.axis}/{cls.name}: {found}") from None
-        done.append(check.__name__)
+    try:
+        for check in (*COMMON, *AXIS[cls.axis]):
+            if check.__name__ not in skip:
+                _checked(check, case)
+                done.append(check.__name__)
+    finally:
+        shutil.rmtree(case.folder, ignore_errors=True)
     return done
+
+
+def _checked(check: Callable[[Case], None], case: Case) -> None:
+    """One check; whatever goes wrong is told with the method's and the check's name."""
+    name = f"{case.cls.axis}/{case.cls.name}"
+    try:
+        check(case)
+    except NotConforming as found:
+        raise NotConforming(f"{name}: {found}") from None
+    except Exception as crash:
+        raise NotConforming(f"{name}: {check.__name__} ended with {type(crash).__name__}: {crash}") from crash
 
 
 def _class_of(given: Any) -> Any:
@@ -134,13 +157,21 @@ def wrong_types_are_refused(case: Case) -> None:
 
 
 def state_round_trips(case: Case) -> None:
-    plugin = case.build()
-    if not hasattr(plugin, "state_dict"):
-        return
+    """Through a checkpoint, into an instance that was attached to the same model."""
+
+    def attached() -> Any:
+        plugin, ctx = case.build(), case.context()
+        if isinstance(plugin, Plugin) and case.cls.axis in ("adapt", "objective"):
+            plugin.attach(ctx.current, ctx)  # type: ignore[arg-type]
+        return plugin
+
+    plugin = attached()
     before = plugin.state_dict()
+    if not before:
+        return
     tensors: dict[str, torch.Tensor] = {}
     tree = checkpoint.pack(before, tensors)
-    again = case.build()
+    again = attached()
     again.load_state_dict(checkpoint.unpack(tree, tensors))
     ensure(same(again.state_dict(), before), "its state does not survive a checkpoint")
 
@@ -169,7 +200,6 @@ def selects_repeatably(case: Case) -> None:
 
 
 def picks_repeatably(case: Case) -> None:
-    from luthier.core.plugin import defines
     from luthier.core.rowscores import RowScores
 
     if not defines(case.build(), "pick"):
@@ -363,49 +393,63 @@ def searches(case: Case) -> None:
 
 
 def runs_in_a_recipe(case: Case) -> None:
-    from luthier.testing.matrix import pair
+    """With a neighbour on every other axis that serves the same family of models and does not clash."""
+    from luthier.recipe import Recipe
+    from luthier.run import tune
 
-    neighbours = {"select": "random", "measure": "task", "adapt": "lora", "merge": "task-arithmetic"}
-    chosen: dict[str, Any] = {case.cls.axis: case.cls}
-    for axis, name in neighbours.items():
-        if axis not in chosen:
-            candidate = method(axis, name)
-            if toys.shared_family([*chosen.values(), candidate]) == case.family:
-                chosen[axis] = candidate
-    found = pair(chosen)
-    ensure(found["outcome"] == "runs", f"a recipe with {', '.join(f'{a} {c.name}' for a, c in chosen.items())} {found['outcome']}: {found['why']}")
+    chosen = {case.cls.axis: case.cls, **_neighbours(case)}
+    case.plan = _recipe(case, chosen)
+    try:
+        case.whole = tune(Recipe.from_dict(case.plan))
+    except UserError as refusal:
+        raise NotConforming(f"a recipe with {', '.join(f'{a} {c.name}' for a, c in chosen.items())} is refused: {refusal}") from refusal
+
+
+def _recipe(case: Case, chosen: dict[str, Any]) -> dict[str, Any]:
+    plan = toys.recipe(chosen, case.family, case.folder / "whole")
+    plan[case.cls.axis] = toys.entry(case.cls, case.options)
+    plan["train"] |= {"steps": STEPS, "save_every": STEPS // 2}
+    return plan
+
+
+def _neighbours(case: Case) -> dict[str, Any]:
+    """The first of each axis's candidates that a recipe with the method and the neighbours so far accepts."""
+    from luthier.recipe import Recipe, check
+
+    found: dict[str, Any] = {}
+    for axis, names in NEIGHBOURS.items():
+        for name in names if axis != case.cls.axis else ():
+            known = any(e.name == name for e in entries(axis))
+            tried = {case.cls.axis: case.cls, **found, axis: method(axis, name)} if known else {}
+            if not tried or toys.shared_family(list(tried.values())) != case.family:
+                continue
+            try:
+                check(Recipe.from_dict(_recipe(case, tried)))
+            except UserError:
+                continue
+            found[axis] = tried[axis]
+            break
+    return found
 
 
 def resumes_exactly(case: Case) -> None:
-    """A run stopped after a step and resumed reaches the weights of one that was not."""
+    """The same run, stopped in the middle and continued, reaches the same weights."""
     from luthier.core.models import load
     from luthier.recipe import Recipe
-
-    from luthier.core.engine import Engine
     from luthier.run import tune
 
-    with tempfile.TemporaryDirectory() as folder:
-        plan = toys.recipe({case.cls.axis: case.cls}, case.family, Path(folder) / "whole")
-        plan["train"] |= {"steps": 5, "save_every": 2, "batch": 4}
-        whole = tune(Recipe.from_dict(plan))
-        plan["run"] = str(Path(folder) / "cut")
-        step = Engine._step
-
-        def stopping(engine: Any, *args: Any) -> Any:
-            if engine.ctx.clock.step == 3:
-                raise KeyboardInterrupt
-            return step(engine, *args)
-
-        Engine._step = stopping  # type: ignore[method-assign]
-        try:
-            tune(Recipe.from_dict(plan))
-        except KeyboardInterrupt:
-            pass
-        finally:
-            Engine._step = step  # type: ignore[method-assign]
-        again = tune(Recipe.from_dict(plan), resume=True)
-        a, b = (load(r.model_path).network.state_dict() for r in (whole, again))
-    ensure(same(dict(a), dict(b)), "a resumed run ends with other weights")
+    cut = case.folder / "cut"
+    shutil.copytree(case.whole.folder, cut)
+    for left in ("done", "measures.json", "report.json", "report.txt"):
+        (cut / left).unlink(missing_ok=True)
+    shutil.rmtree(cut / "model")
+    middle = cut / "checkpoints" / f"step-{STEPS // 2:08d}"
+    ensure(middle.is_dir(), f"no checkpoint was written after step {STEPS // 2}")
+    checkpoint.replace_text(cut / "checkpoints" / "latest", middle.name)
+    again = tune(Recipe.from_dict({**case.plan, "run": str(cut)}), resume=True)
+    a, b = (dict(load(r.model_path).network.state_dict()) for r in (case.whole, again))
+    different = [n for n in a if not same(a[n], b[n])]
+    ensure(not different, f"a resumed run ends with other weights, first in '{(different or [''])[0]}' ({len(different)} of {len(a)} tensors)")
 
 
 TRAINING = (runs_in_a_recipe, resumes_exactly)
@@ -426,7 +470,6 @@ AXIS: dict[str, tuple[Callable[[Case], None], ...]] = {
 
 def _ready(case: Case, plugin: Any, ctx: Context, n: int) -> Batch:
     """A batch as the loop would hand it to `loss`."""
-    from luthier.core.plugin import defines
 
     batch = case.batch(plugin, ctx, n)
     if defines(plugin, "rollout"):

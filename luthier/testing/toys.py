@@ -13,7 +13,6 @@ import numpy as np
 from luthier.catalog import method
 
 FAMILIES = ("causal-lm", "text-encoder", "image-classifier", "dual-encoder")
-OBJECTIVE = {"causal-lm": "sft", "text-encoder": "classify", "image-classifier": "classify", "dual-encoder": "info-nce"}
 
 
 def _words(rng: np.random.Generator, n: int) -> str:
@@ -70,13 +69,12 @@ def recipe(choices: Mapping[str, type | str], family: str, folder: Path) -> dict
     """A recipe with these methods at toy size and plain defaults elsewhere."""
     classes = {axis: cls if isinstance(cls, type) else method(axis, cls) for axis, cls in choices.items()}
     made: dict[str, Any] = {
-        "model": str(model_folder(family)), "adapt": {"method": "full"}, "objective": {"method": OBJECTIVE[family]},
+        "model": str(model_folder(family)), "adapt": {"method": "full"},
         "optimize": {"method": "adamw", "lr": 1e-3}, "measure": [],
         "train": {"steps": 2, "batch": 4, "seed": 0, "save_every": 0, "warmup": 0, "device": "cpu"},
     }  # fmt: skip
     for axis, cls in classes.items():
-        entry = {"method": spec_of(cls), **cls.toy}  # type: ignore[attr-defined]
-        made[axis] = [entry] if axis in ("curate", "synthesize", "measure", "compress") else entry
+        made[axis] = entry(cls)
     columns = columns_for([c for a, c in classes.items() if a in ("objective", "synthesize", "select", "curate")], family)
     made["data"] = {name: rows(columns, n, seed) for seed, (name, n) in enumerate((("train", 12), ("test", 6), ("val", 6), ("general", 4)))}
     if "search" in classes:
@@ -85,6 +83,12 @@ def recipe(choices: Mapping[str, type | str], family: str, folder: Path) -> dict
     made["helpers"] = {}
     made["run"] = str(folder)
     return made
+
+
+def entry(cls: Any, options: Mapping[str, Any] | None = None) -> Any:
+    """A method with its toy fields (or others) as a recipe writes it."""
+    made = {"method": spec_of(cls), **(cls.toy if options is None else options)}
+    return [made] if cls.axis in ("curate", "synthesize", "measure", "compress") else made
 
 
 def spec_of(cls: Any) -> str:

@@ -12,7 +12,7 @@ SPECIALS = [
     "<s>", "</s>", "<pad>", "<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "[INST]", "[/INST]",
     "<start_of_turn>", "<end_of_turn>", "<|user|>", "<|assistant|>",
 ]  # fmt: skip
-TEXT = ["What is the sky's colour? The sky is blue, user.", "system assistant user model", "I think about it. <think> why </think> Because.\n\n"]
+TEXT = ["What is the sky's colour? The sky is blue, user.", "system assistant user model", "I think about it. <think> why </think> Because.\n\n", *["user\n\nmodel\n\n\nuser"] * 3]
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -206,12 +206,27 @@ def test_a_template_that_changes_the_words_is_refused_and_marks_help():
     assert learned(encode({"messages": TALK}, tokenizer)[0], tokenizer) == ["USER<|im_end|>", "IT IS BLUE.\n<|im_end|>"]
 
 
+def test_words_replaced_in_history_are_not_taken_for_the_answer():
+    tokenizer = bpe("{{ messages | length }}" + CHATML.replace("m['content']", "m['content'] | replace('blue', 'BLUE')"), eos="<|im_end|>")
+    with pytest.raises(DataError, match="turn 4 of row 0 cannot be found"):
+        encode({"messages": TALK}, tokenizer)
+
+
 def test_a_template_that_raises_names_the_row():
     tokenizer = bpe(MISTRAL)
     with pytest.raises(DataError, match=r"row 2.*roles must alternate"):
         encode({"messages": [TALK[0], TALK[0], TALK[1]]}, tokenizer, row=2)
     with pytest.raises(DataError, match="no chat template"):
         encode({"messages": TALK}, bpe())
+
+
+def test_rows_give_values_to_the_template_but_never_another_template():
+    tokenizer = bpe("{{ mood if mood is defined else '' }}" + CHATML, eos="<|im_end|>")
+    (s,) = encode({"messages": TALK, "chat_template_kwargs": {"mood": "sky"}}, tokenizer)
+    assert tokenizer.decode(s.ids).startswith("sky<|im_start|>")
+    for wrong in ({"chat_template": "x"}, {"tokenize": True}, ["mood"], "mood"):
+        with pytest.raises(DataError, match="chat_template_kwargs holds"):
+            encode({"messages": TALK, "chat_template_kwargs": wrong}, tokenizer)
 
 
 def test_tool_calls_without_content_are_learned():

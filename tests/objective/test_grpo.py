@@ -111,14 +111,13 @@ def test_other_temperatures_enter_the_ratio():
 
 def test_training_raises_the_reward_in_the_loop(tmp_path):
     """Rewarding an answer's first word teaches it; the record of every step holds the draw."""
-    family = tiny_llama()
+    family = tiny_llama(layers=1)
     reward = lambda answers, rows: [float(a.startswith("w7")) for a in answers]  # noqa: E731
     ctx = Context(family, helpers={"reward": reward})
-    made = engine(family, [GRPO(group_size=16, max_new_tokens=1)], ROWS, ctx, tmp_path, steps=24, reuse=2)
-    made.run()
+    engine(family, [GRPO(group_size=16, max_new_tokens=1)], ROWS, ctx, tmp_path, steps=16, reuse=2, tokens_per_micro_batch=512).run()
     lines = [json.loads(x) for x in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     rewards = [line["rollout/reward"] for line in lines if "rollout/reward" in line]
-    assert len(rewards) == 24 and np.mean(rewards[-4:]) > np.mean(rewards[:4]) + 0.3
+    assert len(rewards) == 16 and np.mean(rewards[-4:]) > np.mean(rewards[:4]) + 0.2
 
 
 def test_handmade_batches_without_behaviour_are_on_policy():
