@@ -26,7 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         again = getattr(args, "again", None) if isinstance(error, TrainingError) else None
         sys.stderr.write(f"{error}\n" + (f"resume with: {again}\n" if again else ""))
-        return 2
+        return getattr(error, "exit_code", 2)
     except KeyboardInterrupt:
         again = getattr(args, "again", None)
         sys.stderr.write(f"stopped; resume with: {again}\n" if again else "stopped\n")

@@ -55,7 +55,7 @@ def validate(method: Any, positive: Iterable[str] = (), shares: Iterable[str] = 
 
 
 # networks ---------------------------------------------------------------------------------------------------------------
-def heads(network: nn.Module) -> list[str]:
+def heads(network: Any) -> list[str]:
     """Names of a classifier's own top modules (what is not its backbone), which are new and train whole."""
     backbone = getattr(network, "base_model", network)
     if backbone is network or not hasattr(network, "get_output_embeddings") or network.get_output_embeddings() is not None:
@@ -141,6 +141,7 @@ class PeftAdapter(Adapter):
         from peft import get_peft_model
 
         self._rebased = unwrapped(model, self.name)
+        config: Any
         model.network.requires_grad_(False)
         config = self.config(model, ctx)
         self.before(model, config, ctx)
@@ -160,7 +161,8 @@ class PeftAdapter(Adapter):
 
     def groups(self, model: Family) -> list[Group]:
         """What trains: the adapter's own parameters, and heads that train whole."""
-        mine, whole = {}, {}
+        mine: dict[str, nn.Parameter] = {}
+        whole: dict[str, nn.Parameter] = {}
         for name, param in model.network.named_parameters():
             if param.requires_grad:
                 (whole if "modules_to_save" in name else mine)[name] = param
@@ -258,7 +260,7 @@ class MovedBase(LoraLike):
     The trained adapter belongs to W_residual, so it is not switchable, and it is exported as a plain LoRA of twice the rank on the
     original W: s (B A - B0 A0) = s [B, -B0] [A; A0]."""
 
-    alpha: float | None = None
+    alpha: float | None = None  # type: ignore[assignment]
     """The adapter's product is scaled by alpha / rank; default: alpha = rank, no scaling."""
 
     positive: ClassVar[tuple[str, ...]] = ("rank", "alpha")
@@ -277,7 +279,8 @@ class MovedBase(LoraLike):
         directory.mkdir(parents=True, exist_ok=True)
         tensors = plain_lora(adapter_state(model.network), self._initial)
         save_file({n: t.detach().cpu().contiguous() for n, t in tensors.items()}, directory / "adapter_model.safetensors", {"format": "pt"})
-        config = copy.deepcopy(model.network.peft_config["default"])
+        network: Any = model.network
+        config = copy.deepcopy(network.peft_config["default"])
         growth = math.sqrt(2) if config.use_rslora else 2
         config.r, config.lora_alpha = 2 * config.r, growth * config.lora_alpha
         config.init_lora_weights, config.inference_mode = True, True

@@ -26,7 +26,7 @@ class Cpt(Prompted):
     """Rows in the prompt."""
     input_radius: float = 0.1
     """Ball of the input tokens (times sqrt(width / 2048))."""
-    tokens: int | None = None
+    tokens: int | None = None  # type: ignore[assignment]
     """Longest prompt in tokens; default: no limit."""
 
     positive = ("examples", "tokens")

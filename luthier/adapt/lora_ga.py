@@ -9,6 +9,7 @@ import torch
 
 from luthier.adapt._shared import MovedBase, calibration_rows
 from luthier.catalog import register
+from luthier.errors import RecipeError
 
 if TYPE_CHECKING:
     from luthier.core.context import Context
@@ -36,6 +37,7 @@ class LoraGa(MovedBase):
 
     families = frozenset({"causal-lm", "text-encoder", "image-classifier"})
     positive = ("rank", "alpha", "samples", "gamma")
+    toy = {"rank": 4, "samples": 8}
 
     def config(self, model: Family, ctx: Context | None = None) -> Any:
         from peft.tuners.lora import LoraGAConfig
@@ -46,16 +48,19 @@ class LoraGa(MovedBase):
     def before(self, model: Family, config: Any, ctx: Context | None) -> None:
         from peft.tuners.lora import preprocess_loraga
 
+        small = min((min(side) for side in self.sizes(model)), default=0)
+        if 2 * self.rank > small:
+            raise RecipeError(f"'rank' is {self.rank}, but LoRA-GA takes twice as many directions and the smallest side of the targeted layers is {small}; lower it.")
         rows = calibration_rows(ctx, self.samples, self.name)
         size = ctx.batch_size if ctx is not None else 16
 
         def train_step() -> None:
+            model.eval()  # peft turns train mode on; the gradient should not depend on a dropout mask
             for start in range(0, len(rows), size):
                 _loss(model, rows[start : start + size]).backward()
 
-        # peft turns train mode on for the pass; the gradient should not depend on a dropout mask.
         modes = [(m, m.training) for m in model.network.modules()]
-        preprocess_loraga(model.network, config, lambda: (model.eval(), train_step()))
+        preprocess_loraga(model.network, config, train_step)
         for module, mode in modes:
             module.training = mode
 

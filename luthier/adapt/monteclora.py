@@ -53,7 +53,8 @@ class Monteclora(LoraLike):
             sampler.sampler.index = sampler.sampler.buffer_size
 
     def penalty(self, model: Family, ctx: Context | None = None) -> Loss | None:
-        value = model.network.base_model._get_monteclora_loss()
+        network: Any = model.network
+        value = network.base_model._get_monteclora_loss()
         return Loss().add("monteclora", value.reshape(1), per="batch") if isinstance(value, Tensor) else None
 
     def after_step(self, step: Step, ctx: Context | None) -> None:

@@ -92,6 +92,8 @@ class OwLore(Adapter):
     state: Literal["keep", "drop"] = "keep"
     """Optimizer state of layers that are frozen."""
 
+    toy = {"active": 1}
+
     def __post_init__(self) -> None:
         validate(self, ("active", "every", "threshold", "samples"))
 
@@ -143,7 +145,7 @@ class OwLore(Adapter):
         if step.number % self.every:
             return
         drawn = set(self._rng.choice(len(self._layers), self.active, replace=False, p=self.probabilities).tolist())
-        stopped = []
+        stopped: list[nn.Parameter] = []
         for i, group in enumerate(self._layers):
             if group.active and i not in drawn:
                 stopped += group.params.values()

@@ -37,6 +37,7 @@ class PromptTuning(Prompted):
     @torch.no_grad()
     def after(self, model: Family, ctx: Context | None) -> None:
         if self.text is not None:
-            embedding = model.base_network.get_input_embeddings()
+            network: Any = model.network
+            embedding = network.get_input_embeddings()
             ids = text_ids(model, self.text, self.tokens).to(model.device)
-            model.network.prompt_encoder["default"].embedding.weight.copy_(embedding(ids))
+            network.prompt_encoder["default"].embedding.weight.copy_(embedding(ids))

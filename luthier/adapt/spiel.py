@@ -318,7 +318,8 @@ class Spiel(Adapter):
         self._candidates.clear()
         for name, saved in state["candidates"].items():
             device = self._layers[name].weight.device
-            self._candidates[name] = Candidates(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in saved.items()})
+            moved: dict[str, Any] = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in saved.items()}
+            self._candidates[name] = Candidates(**moved)
 
 
 def _plant(layer: Any, index: Tensor, delta: nn.Parameter | None = None) -> None:

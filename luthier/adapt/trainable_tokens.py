@@ -27,6 +27,7 @@ class TrainableTokens(PeftAdapter):
     """The tokens, as ids."""
 
     families = frozenset({"causal-lm", "text-encoder"})
+    toy = {"ids": [20, 21]}
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -11,11 +11,14 @@ import json
 import os
 import random
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from luthier.errors import TrainingError
@@ -79,40 +82,58 @@ def set_rng_state(state: dict[str, Any]) -> None:
 
 def save(folder: Path, step: int, state: dict[str, Any], keep: int = 2) -> Path:
     """Write one checkpoint below `folder` and let `latest` name it; older ones beyond `keep` are removed."""
-    final = folder / f"step-{step:08d}"
-    fresh = folder / f".writing-{step:08d}"
-    try:
+    final, fresh, old = (folder / f"{word}-{step:08d}" for word in ("step", ".writing", ".old"))
+    with disk_errors(folder, "checkpoint"):
         folder.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(fresh, ignore_errors=True)
+        for left in (*folder.glob(".writing-*"), *folder.glob(".old-*")):  # by a run that was killed
+            shutil.rmtree(left, ignore_errors=True)
         fresh.mkdir()
-        tensors: dict[str, torch.Tensor] = {}
-        tree = pack(state, tensors)
-        save_file(tensors, fresh / "state.safetensors")
-        write_synced(fresh / "state.json", json.dumps(tree))
-        _sync(fresh / "state.safetensors")
-        _sync(fresh)
-        if final.exists():
-            shutil.rmtree(final)
-        fresh.rename(final)
-        replace_text(folder / "latest", final.name)
-    except OSError as error:
-        shutil.rmtree(fresh, ignore_errors=True)
-        raise disk_error(error, folder, latest(folder)) from error
-    except Exception as error:  # safetensors wraps a full disk in its own exception type
-        shutil.rmtree(fresh, ignore_errors=True)
-        if "No space left" in str(error) or "os error 28" in str(error):
-            raise disk_error(OSError(errno.ENOSPC, "No space left on device"), folder, latest(folder)) from error
-        raise
+        try:
+            tensors: dict[str, torch.Tensor] = {}
+            tree = pack(state, tensors)
+            save_file(tensors, fresh / "state.safetensors")
+            write_synced(fresh / "state.json", json.dumps(tree))
+            _sync(fresh / "state.safetensors")
+            _sync(fresh)
+            if final.exists():
+                final.rename(old)
+            fresh.rename(final)
+            replace_text(folder / "latest", final.name)
+        finally:
+            shutil.rmtree(fresh, ignore_errors=True)
+            shutil.rmtree(old, ignore_errors=True)
     prune(folder, keep)
     return final
 
 
-def disk_error(error: OSError, folder: Path, last: Path | None) -> TrainingError:
-    """What a user must know when a checkpoint could not be written."""
-    kept = f"The last checkpoint, {last.name}, is intact" if last else "No checkpoint had been written yet"
-    what = {errno.ENOSPC: "the disk is full", errno.EACCES: "the folder may not be written to", errno.EROFS: "the disk is read-only"}
-    reason = what.get(error.errno or 0, str(error))
-    return TrainingError(f"The checkpoint could not be written to {folder}: {reason}. {kept}; mend the disk and continue with --resume.")
+REASONS = {
+    errno.ENOSPC: "the disk is full", errno.EDQUOT: "the disk quota is used up", errno.EACCES: "the folder may not be written to",
+    errno.EROFS: "the disk is read-only", errno.EIO: "the disk fails",
+}  # fmt: skip
+
+
+@contextmanager
+def disk_errors(folder: Path, what: str, only: tuple[int, ...] = ()) -> Iterator[None]:
+    """Tell what went wrong with the disk in a sentence. `only`: these error numbers, the others pass."""
+    try:
+        yield
+    except OSError as error:
+        if only and error.errno not in only:
+            raise
+        raise disk_error(error, folder, what) from error
+    except SafetensorError as error:  # safetensors wraps a full disk in its own type
+        number = next((n for n in REASONS if f"os error {n})" in str(error)), None)
+        if number is None:
+            raise
+        raise disk_error(OSError(number, REASONS[number]), folder, what) from error
+
+
+def disk_error(error: OSError, folder: Path, what: str = "checkpoint") -> TrainingError:
+    """What a user must know when something could not be written."""
+    last = latest(folder)
+    kept = f"The last checkpoint, {last.name}, is intact" if last else "What was saved before is intact"
+    reason = REASONS.get(error.errno or 0) or error.strerror or str(error)
+    return TrainingError(f"The {what} could not be written to {folder}: {reason}. {kept}; mend the disk and continue with --resume.")
 
 
 def prune(folder: Path, keep: int) -> None:
@@ -124,18 +145,30 @@ def prune(folder: Path, keep: int) -> None:
 
 
 def latest(folder: Path) -> Path | None:
-    """The newest whole checkpoint, or None."""
+    """The newest whole checkpoint, or None. A folder gets its name when it is whole, so any that has one will do if `latest` is lost."""
     pointer = folder / "latest"
-    if pointer.is_file():
-        named = folder / pointer.read_text().strip()
-        if (named / "state.json").is_file():
-            return named
-    return None
+    named = [folder / pointer.read_text().strip()] if pointer.is_file() else []
+    known = (p for p in (*named, *sorted(folder.glob("step-*"), reverse=True)) if (p / "state.json").is_file())
+    return next(known, None)
+
+
+def before(folder: Path, step: int) -> Path | None:
+    """The newest checkpoint from before `step`; later ones, which turned out to be broken, are removed."""
+    for path in sorted(folder.glob("step-*"), reverse=True):
+        if path.name < f"step-{step:08d}":
+            replace_text(folder / "latest", path.name)
+            break
+        (folder / "latest").unlink(missing_ok=True)
+        shutil.rmtree(path, ignore_errors=True)
+    return latest(folder)
 
 
 def load(path: Path) -> dict[str, Any]:
     """The state of a checkpoint folder."""
-    return unpack(json.loads((path / "state.json").read_text()), load_file(path / "state.safetensors"))
+    try:
+        return unpack(json.loads((path / "state.json").read_text()), load_file(path / "state.safetensors"))
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise TrainingError(f"The checkpoint {path} cannot be read ({error}). Remove it to continue from the one before, if there is one.") from error
 
 
 def write_synced(path: Path, text: str) -> None:

@@ -7,6 +7,7 @@ sequence of its own (rows that share a beginning are not merged, so a token coun
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
@@ -26,7 +27,7 @@ def linear_layers(network: nn.Module, head: bool = False) -> dict[str, nn.Module
     """Linear layers (and transformers' Conv1D) by name, without the language-model head unless asked. Layers below a layer are left out."""
     from transformers.pytorch_utils import Conv1D
 
-    output = network.get_output_embeddings() if hasattr(network, "get_output_embeddings") else None
+    output = getattr(network, "get_output_embeddings", lambda: None)()
     return {n: m for n, m in network.named_modules() if isinstance(m, (nn.Linear, Conv1D)) and (head or m is not output)}
 
 
@@ -51,7 +52,7 @@ def collect(
 
     `scale` divides each sequence's inputs by its largest |x| ("abs_max") or by |its largest x| ("max") before the sums, as
     CorDA does; all sums are then of the scaled inputs. Weights, gradients and train/eval modes are left as they are."""
-    wanted = set(what)
+    wanted: set[str] = set(what)
     unknown = wanted - set(get_args(What))
     if unknown:
         raise ValueError(f"collect knows no statistic {sorted(unknown)[0]!r}.")
@@ -77,12 +78,12 @@ def passes(model: Family, rows: SequenceOf[Mapping[str, Any]], batch: int = 16) 
     for start in range(0, len(rows), batch):
         collated = model.collate([rows[i] for i in range(start, min(len(rows), start + batch))])
         if collated.sequences and hasattr(model, "hidden"):
-            forest = TokenForest.pack(collated.sequences, share=False, pad=model.pad_id)
+            forest = TokenForest.pack(collated.sequences, share=False, pad=getattr(model, "pad_id", 0))
             mask = torch.from_numpy(forest.nodes >= 0).to(model.device)
-            yield (lambda forest=forest: model.hidden(forest)), mask
+            yield functools.partial(model.hidden, forest), mask
         else:
-            mask = collated.tensors.get("attention_mask")
-            yield _verb(model, collated), mask if mask is None else mask.bool()
+            real = collated.tensors.get("attention_mask")
+            yield _verb(model, collated), None if real is None else real.bool()
 
 
 def _verb(model: Family, batch: Any) -> Callable[[], Any]:

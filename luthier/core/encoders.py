@@ -202,6 +202,14 @@ class DualEncoder(_Texts):
     kind = "dual-encoder"
     verbs = frozenset({"embed", "score_pairs"})
 
+    def __init__(self, network: nn.Module, processor: Any, source: str = "") -> None:
+        super().__init__(network, processor, source)
+        if _pools_elsewhere(self.config, self.tokenizer):
+            self.notices.append(
+                "Texts are pooled at their largest token id, not at their end: this CLIP's text_config.eos_token_id is 2, which stands for the first "
+                "releases, where the end token had the largest id. Give the end token another id, or the largest."
+            )
+
     def embed(self, items: Any, branch: str | None = None) -> Tensor:
         """Projected vectors of the images (`branch="image"`) or of texts (any other branch: text, positive, negative ...).
 
@@ -320,6 +328,15 @@ def _image_batch(convert: Any, items: Any) -> Batch:
         return Batch([{}] * len(items), np.arange(len(items)), [], {"image": items})
     images = [_image_of(x, i) if isinstance(x, Mapping) and "bytes" not in x else x for i, x in enumerate(items)]
     return Batch([{}] * len(images), np.arange(len(images)), [], {"image": convert(images)})
+
+
+def _pools_elsewhere(config: Any, tokenizer: Any) -> bool:
+    """Whether transformers would take a CLIP's text vector from a token that is not its last."""
+    text = getattr(config, "text_config", None)
+    if tokenizer is None or getattr(config, "model_type", "") != "clip" or getattr(text, "eos_token_id", None) != 2:
+        return False
+    ids = tokenizer("")["input_ids"]
+    return bool(ids) and ids[-1] != max(tokenizer.get_vocab().values())
 
 
 def _vector(found: Any) -> Tensor:

@@ -7,6 +7,7 @@ functions of the step, and a checkpoint holds trained weights, optimizer, plug-i
 from __future__ import annotations
 
 import math
+import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -85,12 +86,16 @@ class Engine:
         self.plan, self.train, self.ctx, self.folder = plan, train, ctx, folder
         self.model = plan.model
         self.journal = journal or Journal(None)
-        self.identity = {"threads": torch.get_num_threads(), **(identity or {})}
+        self.identity = {"the number of threads": torch.get_num_threads(), **(identity or {})}
         self.groups: list[Group] = []
         self.parts: dict[str, Parts] = {}
         self.pending: list[list[int]] = []
         self.epoch, self.tokens, self.seconds = -1, 0, 0.0
-        self.stopping: str | None = None
+        self.stopping: signal.Signals | None = None
+        self.ended: str | None = None
+        """Why a plug-in ended the training before its last step."""
+        self.saved = -1
+        """The step of the newest checkpoint."""
         self.saved_at = time.monotonic()
         self.lead = {hook: self._only(hook) for hook in ("turn", "rollout", "pick", "batches")}
 
@@ -238,26 +243,32 @@ class Engine:
         if resume:
             restore(self)
         started, clock = time.monotonic(), self.ctx.clock
-        reason, last = "all steps done", Step(clock.step, self.epoch, self.model, self.groups, self.optimizer)
+        last = Step(clock.step, self.epoch, self.model, self.groups, self.optimizer)
         with stop_signals(self), self.journal.progress(clock.steps, clock.step):
-            while clock.step < clock.steps:
+            while clock.step < clock.steps and not self.ended and not self.stopping:
                 epoch_before = self.epoch
                 for step in self._draw_and_step():
                     last = step
                 if not self.pending and self.epoch >= epoch_before:
                     self._each("after_epoch", last, self.ctx)
-                why = self.stopping or next((r for p in self.plan.plugins if (r := p.stop(self.ctx))), None)
-                if why:
-                    reason = why
-                    break
-                self._maybe_save()
+                self.ended = next((r for p in self.plan.plugins if (r := p.stop(self.ctx))), None)
+                if not self.ended and not self.stopping:
+                    self._maybe_save()
         self.seconds += time.monotonic() - started
-        if self.folder is not None and self.train.save_every != 0:
+        self._refuse_broken_weights()
+        if self.folder is not None and self.train.save_every != 0 and self.saved != clock.step:
             self.save()
         if self.stopping:
-            raise TrainingError(f"{self.stopping} after step {clock.step} of {clock.steps}. The checkpoint is written; continue with --resume.")
+            raise self._stopped()
         trained = sum(p.numel() for g in self.groups for p in g.params.values())
-        return Outcome(clock.step, self.seconds, self.tokens, reason, last.losses, self._peak(), trained)
+        return Outcome(clock.step, self.seconds, self.tokens, self.ended or "all steps done", last.losses, self._peak(), trained)
+
+    def _stopped(self) -> TrainingError:
+        by = "Ctrl-C" if self.stopping == signal.SIGINT else "SIGTERM"
+        kept = "The checkpoint is written" if self.saved == self.ctx.clock.step else "No checkpoint was written, as train.save_every is 0"
+        error = TrainingError(f"Stopped by {by} after step {self.ctx.clock.step} of {self.ctx.clock.steps}. {kept}; continue with --resume.")
+        error.exit_code = 143 if self.stopping == signal.SIGTERM else 2  # type: ignore[attr-defined]
+        return error
 
     def _draw_and_step(self) -> Iterator[Step]:
         """Draw rows once and take one optimiser step on them, or `reuse` steps on one set of rollouts."""
@@ -399,6 +410,8 @@ class Engine:
             params = [p for p in params if p.grad is not None]
             norm = torch.nn.utils.get_total_norm([p.grad for p in params]) if params else torch.zeros(())
             step.grad_norm = float(norm)
+            if not step.skip and not math.isfinite(step.grad_norm):
+                raise self._broken("The gradient is not a number", step)
             if self.train.clip:
                 torch.nn.utils.clip_grads_with_norm_(params, self.train.clip, norm)
 
@@ -407,15 +420,30 @@ class Engine:
     def _refuse_nan(self, losses: dict[str, float], step: Step) -> None:
         if all(math.isfinite(v) for v in losses.values()):
             return
-        bad = ", ".join(f"{k} = {v}" for k, v in losses.items() if not math.isfinite(v))
-        rows = ", ".join(str(i) for b in step.micro_batches for i in b.ids.tolist())
+        raise self._broken("The loss is not a number", step, " (" + ", ".join(f"{k} = {v}" for k, v in losses.items() if not math.isfinite(v)) + ")")
+
+    def _broken(self, what: str, step: Step, which: str = "") -> TrainingError:
+        """Training cannot go on. A checkpoint of the very weights that gave this is no good one, so it goes."""
         self.optimizer.zero_grad(set_to_none=True)
-        kept = checkpoint.latest(self.folder / "checkpoints") if self.folder else None
-        where = f"The last good checkpoint is {kept.name}." if kept else "No checkpoint had been written yet."
-        raise TrainingError(
-            f"The loss is not a number at step {step.number} ({bad}), on rows {rows}. {where} "
+        rows = ", ".join(str(i) for b in step.micro_batches for i in b.ids.tolist())
+        return TrainingError(
+            f"{what} at step {step.number}{which}, on rows {rows}. {self._good_checkpoint()} "
             f"Look at these rows, lower optimize.lr (now {step.lr:.2g}) or set train.clip, then run again with --resume."
         )
+
+    def _good_checkpoint(self) -> str:
+        kept = checkpoint.before(self.folder / "checkpoints", self.ctx.clock.step) if self.folder else None
+        return f"The last good checkpoint is {kept.name}." if kept else "There is no good checkpoint yet."
+
+    def _refuse_broken_weights(self) -> None:
+        """No checkpoint and no model is written of weights that overflowed."""
+        for group in self.groups:
+            for name, param in group.params.items():
+                if not bool(torch.isfinite(param).all()):
+                    raise TrainingError(
+                        f"After step {self.ctx.clock.step} the weights are no longer finite numbers (the first is '{name}'). {self._good_checkpoint()} "
+                        f"Lower optimize.lr (now {self.base_lr:.2g}) or set train.clip, then run again with --resume."
+                    )
 
     def _each(self, hook: str, *args: Any) -> None:
         for plugin in self.plan.plugins:
@@ -448,10 +476,12 @@ class Engine:
         return total / max(1, number)
 
     @contextmanager
-    def folded(self) -> Iterator[Family]:
-        """The model as it will be used, around evaluation, measures and export."""
+    def folded(self, adapters: bool = True) -> Iterator[Family]:
+        """The model as it will be used, around evaluation, measures and export. `adapters`: with what the adapters fold, too."""
         with ExitStack() as stack:
             for plugin in self.plan.plugins:
+                if not adapters and plugin in self.plan.adapters:
+                    continue
                 stack.enter_context(plugin.folded(self.model))
             yield self.model
 
@@ -463,8 +493,10 @@ class Engine:
 
     def save(self) -> Path:
         """A checkpoint of everything that the rest of the run depends on."""
-        self.saved_at = time.monotonic()
-        return write(self)
+        self._refuse_broken_weights()
+        path = write(self)
+        self.saved, self.saved_at = self.ctx.clock.step, time.monotonic()
+        return path
 
     def _peak(self) -> int:
         if self.model.device.type == "cuda":

@@ -289,10 +289,16 @@ class CausalLM(Family):
             max_new_tokens=decode.max_new_tokens, num_return_sequences=n if decode.temperature > 0 else 1,
             pad_token_id=self.pad_id, eos_token_id=ends or None, **sampling,
         )  # fmt: skip
-        out = self.network.generate(
-            input_ids=ids.to(self.device), attention_mask=real.to(self.device), generation_config=config,
-            logits_processor=LogitsProcessorList(decode.processors),
-        )  # fmt: skip
+        # transformers fills what is left open from the model's own defaults (penalties, sampling), which nobody asked for here.
+        base, kept = self.base_network, self.base_network.generation_config
+        base.generation_config = config
+        try:
+            out = self.network.generate(
+                input_ids=ids.to(self.device), attention_mask=real.to(self.device), generation_config=config,
+                logits_processor=LogitsProcessorList(decode.processors),
+            )  # fmt: skip
+        finally:
+            base.generation_config = kept
         # Prompt learning with embeddings returns the new tokens only; all else returns the prompt as well.
         new = out[:, width:] if out.shape[1] >= width and torch.equal(out[0, :width].cpu(), ids[0]) else out
         found = [self._answer(row, ends) for row in new.cpu().numpy()]

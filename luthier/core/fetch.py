@@ -192,12 +192,14 @@ def _convert(folder: Path, gguf: str) -> None:
     import torch
     import transformers
 
+    from luthier.core.gguf_export import mend_pre_tokenizer
     from luthier.core.quiet import quiet, unquantised
 
     with quiet():
         network = transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf, dtype=torch.float32)
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=gguf)
     unquantised(network)
+    mend_pre_tokenizer(tokenizer, folder / gguf)
     mend_tokenizer(tokenizer, int(network.config.max_position_embeddings))
     for config in (network.config, network.generation_config):
         config.bos_token_id, config.eos_token_id, config.pad_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
@@ -208,12 +210,7 @@ def _convert(folder: Path, gguf: str) -> None:
 
 
 def mend_tokenizer(tokenizer: Any, length: int) -> None:
-    """What a GGUF file of SmolLM2 does not carry over: digits stand alone (its pre-tokenizer 'smollm'), the end token, the template."""
-    from tokenizers import pre_tokenizers
-
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)]
-    )
+    """What a GGUF file of SmolLM2 does not carry over: its length, the end token, the template."""
     tokenizer.model_max_length = length
     tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token = "<|im_start|>", "<|im_end|>", "<|im_end|>"
     if not tokenizer.chat_template:

@@ -168,3 +168,17 @@ def _interleaved(weight: Tensor, heads: int) -> Tensor:
     """Rotary pairs lie half a head apart in transformers and side by side in GGUF: rows (h, 2, d/2) -> (h, d/2, 2)."""
     rows, columns = weight.shape
     return torch.swapaxes(weight.reshape(heads, 2, rows // heads // 2, columns), 1, 2).reshape(rows, columns)
+
+
+def mend_pre_tokenizer(tokenizer: Any, path: Path) -> None:
+    """transformers reads any byte-level tokenizer of a GGUF file as GPT-2's; where digits stand alone ("smollm"), say so again."""
+    import gguf
+
+    field = gguf.GGUFReader(str(path)).fields.get("tokenizer.ggml.pre")
+    if field is None or field.contents() != "smollm":
+        return
+    from tokenizers import pre_tokenizers
+
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)]
+    )

@@ -21,7 +21,7 @@ from luthier.core.batch import Sequence
 from luthier.core.encoders import DualEncoder, ImageClassifier, TextEncoder
 from luthier.core.families import CausalLM, Family
 from luthier.core.fetch import ALIASES, EMBEDDED, fetch
-from luthier.core.gguf_export import export_gguf
+from luthier.core.gguf_export import export_gguf, mend_pre_tokenizer
 from luthier.core.places import Place, place_of
 from luthier.core.quiet import quiet, unquantised
 from luthier.errors import ModelError, UserError
@@ -408,8 +408,9 @@ def fingerprint(network: Any) -> str:
             continue
         flat = tensor.detach().contiguous().flatten()
         sample = flat[:: max(1, len(flat) // 64)].cpu().contiguous()
-        whole = len(flat) * flat.element_size() % 8 == 0 and flat.data_ptr() % 8 == 0
-        flat = flat.view(torch.int64 if whole else _AS_INTEGERS[flat.element_size()])
+        eights = len(flat) * flat.element_size() % 8 == 0
+        flat = flat.clone() if flat.storage_offset() * flat.element_size() % 8 else flat
+        flat = flat.view(torch.int64 if eights else _AS_INTEGERS[flat.element_size()])
         digest.update(f"{name}{list(tensor.shape)}{tensor.dtype}{int(flat.sum(dtype=torch.int64)) if len(flat) else 0}".encode())
         digest.update(sample.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:32]

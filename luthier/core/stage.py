@@ -6,7 +6,9 @@ Each phase leaves a finished artefact in the stage's folder, so a killed run rep
 from __future__ import annotations
 
 import gc
+import shutil
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +20,7 @@ from luthier.core import checkpoint
 from luthier.core.context import Context
 from luthier.core.engine import Engine, Outcome, Plan
 from luthier.core.journal import Journal
+from luthier.core.plugin import defines
 from luthier.core.rows import Rows
 from luthier.errors import ModelError, RecipeError, UserError
 
@@ -176,30 +179,35 @@ class Stage:
     # -- the result ------------------------------------------------------------------------------------------------------
     def _finish(self, plan: Plan, ctx: Context, target: Path) -> None:
         """Merge and compress where asked, then write what plain transformers or peft loads."""
-        recipe, family = self.recipe, plan.model
+        recipe, first = self.recipe, plan.adapters[0]
         ctx.clock.step = ctx.clock.steps
-        if recipe.merge:
-            with self.engine.folded():
-                family = merged(family)
-            merger = recipe.merge[0].build()
+        # One adapter with nothing to combine writes itself; in all other cases the network is written as it will be used.
+        alone = len(plan.adapters) == 1 and not recipe.merge and not (plan.others and defines(first, "folded"))
+        writing = target.with_name(".writing-model")
+        shutil.rmtree(writing, ignore_errors=True)
+        with ExitStack() as stack:
+            for plugin in plan.plugins:
+                if not (alone and plugin is first):
+                    stack.enter_context(plugin.folded(plan.model))
+            family = self._combined(plan, ctx)
+            try:
+                first.export(family, writing) if alone else save_network(merged(family), writing)
+            except OSError as error:
+                raise checkpoint.disk_error(error, writing, checkpoint.latest(self.folder / "checkpoints")) from error
+        shutil.rmtree(target, ignore_errors=True)
+        writing.rename(target)
+
+    def _combined(self, plan: Plan, ctx: Context) -> Family:
+        """The tuned model after `merge` and `compress`."""
+        family = plan.model
+        if self.recipe.merge:
+            family = merged(family)
             base, tuned = self._merge_inputs(family, ctx)
-            load_state(family, dict(merger.merge(base, tuned, ctx).items()))
+            load_state(family, dict(self.recipe.merge[0].build().merge(base, tuned, ctx).items()))
         for compressor in plan.others:
             family = compressor.compress(family, ctx) or family
             self.facts.setdefault("compress", []).append(_plain(getattr(compressor, "report", {})))
-        writing = target.with_name(".writing-model")
-        try:
-            if recipe.merge or len(plan.adapters) > 1:
-                save_network(merged(family), writing)
-            else:
-                plan.adapters[0].export(family, writing)
-        except OSError as error:
-            raise checkpoint.disk_error(error, writing, checkpoint.latest(self.folder / "checkpoints")) from error
-        if target.exists():
-            import shutil
-
-            shutil.rmtree(target)
-        writing.rename(target)
+        return family
 
     def _merge_inputs(self, family: Family, ctx: Context) -> tuple[Any, list[Any]]:
         """The base's state dict, and those of everything that `of` names: "this", a model of the recipe, a run or a folder."""

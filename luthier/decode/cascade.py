@@ -12,7 +12,6 @@ import torch
 
 from luthier.catalog import register
 from luthier.core.batch import Sequence
-from luthier.core.context import seed_of
 from luthier.core.verify import verifier
 from luthier.decode import Decoder
 from luthier.decode._shared import Answer, Decode, Wrapped, main_model, other_model

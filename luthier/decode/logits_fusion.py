@@ -14,7 +14,16 @@ from torch import Tensor
 from luthier.catalog import register
 from luthier.core.scores import TokenScores, log_prob
 from luthier.decode import Decoder
-from luthier.decode._shared import Answer, Decode, LockStep, Wrapped, left_mask, main_model, other_model, same_vocabulary
+from luthier.decode._shared import (
+    Answer,
+    Decode,
+    LockStep,
+    Wrapped,
+    left_mask,
+    main_model,
+    other_model,
+    same_vocabulary,
+)
 from luthier.errors import RecipeError
 
 if TYPE_CHECKING:

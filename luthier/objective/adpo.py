@@ -122,7 +122,7 @@ class ADPO(Preference):
     adaptive_mistaken: float = 1.0
     """Weight of confident errors in the adaptive tau (b)."""
 
-    columns = (frozenset({"prompt", "chosen", "rejected"}), frozenset({"chosen", "rejected"}), frozenset({"prompt", "responses"}))
+    columns = (frozenset({"prompt", "chosen", "rejected"}), frozenset({"chosen", "rejected"}), frozenset({"prompt", "responses"}))  # type: ignore[assignment]
     needs = frozenset({"reference", "generation"})
     toy = {"max_new_tokens": 4}
 
@@ -142,11 +142,12 @@ class ADPO(Preference):
             raise RecipeError("kl is measured to the anchor; with anchor 'none' it must be 0.")
         if self.on_policy:
             _rollout.check_sampling(self.group_size, self.temperature, self.max_new_tokens, self.verifier)
-            self.columns, self.needs = (frozenset({"prompt", "completion"}), frozenset({"messages"}), frozenset({"prompt"})), frozenset({"generation"})
+            self.columns = (frozenset({"prompt", "completion"}), frozenset({"messages"}), frozenset({"prompt"}))  # type: ignore[misc]
+            self.needs = frozenset({"generation"})  # type: ignore[misc]
         elif self.adaptive_tau or self.drop_failed:
             raise RecipeError("adaptive_tau and drop_failed look at drawn answers; set on_policy: true.")
         else:
-            self.needs = frozenset() if self.anchor == "none" and self.target != "max-entropy" else frozenset({"reference"})
+            self.needs = frozenset() if self.anchor == "none" and self.target != "max-entropy" else frozenset({"reference"})  # type: ignore[misc]
         kind: Any = "fixed" if self.anchor == "none" or self.on_policy else self.anchor
         self._anchor = AnchorScheduler(kind, self.anchor_every, self.anchor_decay)
         self._cache, self._averages, self._params = ReferenceCache(), Averages(), []  # type: ignore[var-annotated]

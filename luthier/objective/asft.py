@@ -78,7 +78,7 @@ class ASFT(Supervised):
             raise RecipeError(f"weighting is '{self.weighting}'; it must be 'dft' or 'none'.")
         if self.direction not in ("forward", "reverse"):
             raise RecipeError(f"direction is '{self.direction}'; it must be 'forward' or 'reverse'.")
-        self.needs = frozenset({"reference"}) if self.kl else frozenset()
+        self.needs = frozenset({"reference"}) if self.kl else frozenset()  # type: ignore[misc]
         self._averages = Averages()
 
     def loss(self, model: Family, batch: Batch, ctx: Context | None = None) -> Loss:

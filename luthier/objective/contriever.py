@@ -130,10 +130,10 @@ class Contriever(Objective):
     def _follow(self, model: Family, m: float) -> None:
         if self._keys is None:
             self._keys = model.frozen_copy()
-            if self._waiting is not None:
-                self._keys.network.load_state_dict(self._waiting)
-                self._waiting = None
-            return
+            if self._waiting is None:
+                return
+            self._keys.network.load_state_dict(self._waiting)
+            self._waiting = None
         with torch.no_grad():
             for mine, theirs in zip(self._keys.network.parameters(), model.network.parameters()):
                 mine.mul_(m).add_(theirs.detach(), alpha=1 - m)

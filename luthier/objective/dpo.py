@@ -96,7 +96,7 @@ class DPO(Preference):
             raise RecipeError(f"sft is {self.sft}; it must not be negative.")
         if self.margin and self.link != "sigmoid":
             raise RecipeError(f"margin is {self.margin}; only the link 'sigmoid' takes one, not '{self.link}'.")
-        self.needs = frozenset() if self.reference_free else frozenset({"reference"})
+        self.needs = frozenset() if self.reference_free else frozenset({"reference"})  # type: ignore[misc]
         self._cache, self._averages = ReferenceCache(), Averages()
 
     def loss(self, model: Family, batch: Batch, ctx: Context | None = None) -> Loss:

@@ -97,7 +97,7 @@ class GRPO(Policy):
     mask_cut: bool = False
     """Leave answers that were cut at the limit out of the loss."""
 
-    columns = (frozenset({"prompt", "completion"}), frozenset({"messages"}), frozenset({"prompt"}))
+    columns = (frozenset({"prompt", "completion"}), frozenset({"messages"}), frozenset({"prompt"}))  # type: ignore[assignment]
     needs = frozenset({"generation", "reference"})
     toy = {"max_new_tokens": 4, "group_size": 2}
 
@@ -118,7 +118,7 @@ class GRPO(Policy):
             raise RecipeError(f"delta is {self.delta}; it must be above 1 + eps_high = {1 + high}.")
         if self.beta < 0:
             raise RecipeError(f"beta is {self.beta}; it must not be negative.")
-        self.needs = frozenset({"generation", "reference"}) if self.beta else frozenset({"generation"})
+        self.needs = frozenset({"generation", "reference"}) if self.beta else frozenset({"generation"})  # type: ignore[misc]
 
     @property
     def high(self) -> float:

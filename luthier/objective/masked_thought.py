@@ -127,9 +127,9 @@ class MaskedThought(Supervised):
 
 def vocabulary_of(family: Any, batch: Batch) -> int:
     """How many ids are real: the tokenizer's, not the padded rows of the embedding."""
-    processor, config = getattr(family, "processor", None), getattr(family, "config", None)
-    known = [len(processor)] if hasattr(processor, "__len__") else []
-    known += [int(config.vocab_size)] if getattr(config, "vocab_size", None) else []
+    processor: Any = getattr(family, "processor", None)
+    rows = getattr(getattr(family, "config", None), "vocab_size", None)
+    known = ([len(processor)] if hasattr(processor, "__len__") else []) + ([int(rows)] if rows else [])
     return min(known) if known else 1 + max((int(s.ids.max()) for s in batch.sequences if len(s)), default=0)
 
 
@@ -137,7 +137,8 @@ def add_mask_token(family: Family, token: str) -> int:
     """The id of `token`, which is added to tokenizer and network where it is new, at the mean embedding.
 
     The weights grow in place: the parameters stay the same objects, so groups that already name them still train them."""
-    tokenizer, network = family.processor, family.base_network
+    tokenizer: Any = family.processor
+    network: Any = family.base_network
     into, out = network.get_input_embeddings(), network.get_output_embeddings()
     new = token not in tokenizer.get_vocab()
     if new:

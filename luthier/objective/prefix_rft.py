@@ -98,7 +98,7 @@ class PrefixRFT(Policy):
     max_new_tokens: int = 256
     """Longest answer, prefix included; also the loss's constant divisor."""
 
-    columns = (frozenset({"prompt", "completion"}), frozenset({"messages"}), frozenset({"prompt"}))
+    columns = (frozenset({"prompt", "completion"}), frozenset({"messages"}), frozenset({"prompt"}))  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
         _rollout.check_sampling(self.group_size, self.temperature, self.max_new_tokens, self.verifier)

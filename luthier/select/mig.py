@@ -19,7 +19,7 @@ from luthier.select._shared import count, embeddings, generator, lazy_greedy, na
 if TYPE_CHECKING:
     from luthier.core.context import Context
 
-BLOCK = 128
+BLOCK = 512
 """Candidates whose gains are computed in one numpy call."""
 
 

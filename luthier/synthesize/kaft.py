@@ -113,6 +113,7 @@ class KAFT(Synthesizer):
     """Length of a closed-book answer."""
     report: dict[str, Any] = field(default_factory=dict, init=False)
 
+    columns = (frozenset({"question", "context", "answer"}),)
     toy = {"max_new_tokens": 4}
 
     def __post_init__(self) -> None:
@@ -123,9 +124,12 @@ class KAFT(Synthesizer):
 
     def synthesize(self, rows: Any, ctx: Context | None = None) -> Any:
         given = listed(rows)
+        # In a loaded data set `question` and `answer` have become `prompt` and `completion`, the standard columns.
+        wanted = {"question": (self.question, "prompt"), "context": (self.context,), "answer": (self.answer, "completion")}
+        found = {k: next((n for n in names if given and n in given[0]), names[0]) for k, names in wanted.items()}
         for i, row in enumerate(given):
-            need(row, (self.question, self.context, self.answer), "kaft", i)
-        plain = [{**r, "question": r[self.question], "context": r[self.context], "answer": r[self.answer]} for r in given]
+            need(row, list(found.values()), "kaft", i)
+        plain = [{**r, **{k: r[n] for k, n in found.items()}} for r in given]
         rng = np.random.default_rng(seed_of(0 if ctx is None else ctx.seed, "kaft"))
         made = kaft(plain, self._memories(plain, ctx), rng, self.counterfactual, self.irrelevant, self.empty, hard=self.hard)
         self.report = {kind: sum(r["kind"] == kind for r in made) for kind in ("relevant", "counterfactual", "irrelevant", "empty")}

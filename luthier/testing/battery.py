@@ -133,6 +133,8 @@ def is_documented(case: Case) -> None:
     documented = field_docs(case.cls)
     missing = [f.name for f in fields_of(case.cls) if not documented.get(f.name)]
     ensure(not missing, f"the field '{(missing or [''])[0]}' has no documentation (a string literal under it)")
+    hooks = [f.name for f in fields_of(case.cls) if callable(getattr(Plugin, f.name, None))]
+    ensure(not hooks, f"its field '{(hooks or [''])[0]}' hides the hook of that name; call it otherwise")
     ensure(case.cls.axis in AXES and case.cls.name == case.cls.name.lower(), "its name is not lower case")
 
 
@@ -401,12 +403,20 @@ def runs_in_a_recipe(case: Case) -> None:
     case.plan = _recipe(case, chosen)
     try:
         case.whole = tune(Recipe.from_dict(case.plan))
+        return
+    except UserError as clash:
+        first = clash
+    # What only the loaded model tells, such as an adapter that cannot be merged into it: then the method runs alone.
+    case.plan = _recipe(case, {case.cls.axis: case.cls}, "alone")
+    try:
+        case.whole = tune(Recipe.from_dict(case.plan))
     except UserError as refusal:
-        raise NotConforming(f"a recipe with {', '.join(f'{a} {c.name}' for a, c in chosen.items())} is refused: {refusal}") from refusal
+        with_all = ", ".join(f"{a} {c.name}" for a, c in chosen.items())
+        raise NotConforming(f"a recipe with {with_all} is refused: {first}; and so is one without neighbours: {refusal}") from refusal
 
 
-def _recipe(case: Case, chosen: dict[str, Any]) -> dict[str, Any]:
-    plan = toys.recipe(chosen, case.family, case.folder / "whole")
+def _recipe(case: Case, chosen: dict[str, Any], name: str = "whole") -> dict[str, Any]:
+    plan = toys.recipe(chosen, case.family, case.folder / name)
     plan[case.cls.axis] = toys.entry(case.cls, case.options)
     plan["train"] |= {"steps": STEPS, "save_every": STEPS // 2}
     return plan

@@ -17,8 +17,8 @@ CHAT_TEMPLATE = (
 )
 
 
-def tiny_tokenizer(vocab: int = 64, wrapped: bool = False) -> Any:
-    """Words separated by spaces: `w0 w1 7`. No token is added by itself, unless `wrapped`: then <bos> ... <eos>."""
+def tiny_tokenizer(vocab: int = 64, wrapped: bool = False, ending: int = 2) -> Any:
+    """Words separated by spaces: `w0 w1 7`. No token is added by itself, unless `wrapped`: then <bos> ... <eos> (or the id `ending`)."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
@@ -27,8 +27,9 @@ def tiny_tokenizer(vocab: int = 64, wrapped: bool = False) -> Any:
     inner = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words[:vocab])}, unk_token="<unk>"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     if wrapped:
+        end = words[ending]
         inner.post_processor = processors.TemplateProcessing(
-            single="<bos> $A <eos>", pair="<bos> $A <eos> $B <eos>", special_tokens=[("<bos>", 1), ("<eos>", 2)]
+            single=f"<bos> $A {end}", pair=f"<bos> $A {end} $B {end}", special_tokens=[("<bos>", 1), (end, ending)]
         )
     made = PreTrainedTokenizerFast(
         tokenizer_object=inner, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>", unk_token="<unk>", mask_token="<mask>",
@@ -89,7 +90,8 @@ def tiny_clip(vocab: int = 64, hidden: int = 32, layers: int = 2, size: int = 12
     text = {**tower, "vocab_size": vocab, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     vision = {**tower, "image_size": size, "patch_size": patch}
     config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=hidden // 2, **kw)
-    return DualEncoder(_seeded(seed, CLIPModel, config), tiny_tokenizer(vocab, wrapped=True), "tiny-clip")
+    # with the end at id 2 transformers pools CLIP's texts at their largest id (as the first releases did), so texts end with the last id
+    return DualEncoder(_seeded(seed, CLIPModel, config), tiny_tokenizer(vocab, wrapped=True, ending=vocab - 1), "tiny-clip")
 
 
 def _seeded(seed: int, kind: type, config: Any) -> Any:

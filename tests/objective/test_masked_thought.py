@@ -10,10 +10,11 @@ from scipy.stats import binom
 from luthier.core.context import Clock, Context
 from luthier.core.families import Decode
 from luthier.errors import RecipeError
+from luthier.objective.asft import ASFT
 from luthier.objective.masked_thought import MaskedThought, add_mask_token, masked_thought
 from luthier.objective.sft import SFT
 from tests.helpers import tiny_llama
-from tests.objective.lm_batches import batch_of, logps_of, random_batch, sequence
+from tests.objective.lm_batches import batch_of, engine, logps_of, random_batch, sequence
 
 
 def at(fraction: float, family=None, seed: int = 0) -> Context:
@@ -132,3 +133,15 @@ def test_a_known_mask_token_is_left_as_it_is():
 def test_bad_fields_are_refused(bad):
     with pytest.raises(RecipeError, match=next(iter(bad))):
         MaskedThought(**bad)
+
+
+def test_it_composes_with_another_supervised_loss_in_the_loop():
+    family = tiny_llama()
+    rows = [{"prompt": "w1 w2", "completion": "w3 w4 w5"}, {"prompt": "w5", "completion": "w6 w7"}]
+    ctx = Context(family, models={"stage": family.frozen_copy()})
+    seen = []
+    method, loss = MaskedThought(rate=0.9, warmup=0.3), ASFT()
+    inner = loss.loss
+    loss.loss = lambda model, batch, ctx: seen.append(batch.touched) or inner(model, batch, ctx)  # type: ignore[method-assign]
+    outcome = engine(family, [method, loss], rows, ctx, steps=4).run()
+    assert seen == [False, True, True, True] and set(outcome.losses) == {"asft", "loss"}

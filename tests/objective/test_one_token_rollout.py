@@ -11,7 +11,7 @@ from luthier.errors import RecipeError
 from luthier.objective.asft import asft
 from luthier.objective.one_token_rollout import OneTokenRollout, draw, one_token_rollout
 from tests.helpers import tiny_llama
-from tests.objective.lm_batches import batch_of, logits_of, random_batch, sequence
+from tests.objective.lm_batches import batch_of, engine, logits_of, random_batch, sequence
 
 
 def gradient(logits, *args, **kw):
@@ -47,20 +47,20 @@ def test_draws_follow_the_tempered_distribution():
 
 def test_without_penalty_and_at_temperature_one_it_is_dft():
     logits, target = torch.randn(6, 9), torch.randint(9, (6,))
-    torch.testing.assert_close(one_token_rollout(logits, target, penalty=0.0, temperature=1.0), asft(logits, target, kl=0.0), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(one_token_rollout(logits, target, wrong_reward=0.0, temperature=1.0), asft(logits, target, kl=0.0), atol=1e-6, rtol=1e-6)
     z = logits.clone().requires_grad_()
     asft(z, target, kl=0.0).sum().backward()
-    torch.testing.assert_close(gradient(logits, target, penalty=0.0, temperature=1.0), z.grad, atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(gradient(logits, target, wrong_reward=0.0, temperature=1.0), z.grad, atol=1e-6, rtol=1e-5)
 
 
 def test_equal_rewards_have_no_gradient():
     """The score-function identity holds only if the sampling distribution is detached."""
-    assert gradient(torch.randn(5, 8), torch.randint(8, (5,)), penalty=1.0, temperature=1.0).abs().max() < 1e-6
+    assert gradient(torch.randn(5, 8), torch.randint(8, (5,)), wrong_reward=1.0, temperature=1.0).abs().max() < 1e-6
 
 
 def test_impossible_tokens_are_cut_at_the_floor():
     logits = torch.tensor([[0.0, -100.0]])
-    value = one_token_rollout(logits, torch.tensor([0]), torch.tensor([[1, 1]]), penalty=-0.1)
+    value = one_token_rollout(logits, torch.tensor([0]), torch.tensor([[1, 1]]), wrong_reward=-0.1)
     assert float(value) == pytest.approx(-0.1 * 20)
     assert gradient(logits, torch.tensor([0]), torch.tensor([[1, 1]])).abs().max() == 0
 
@@ -84,7 +84,18 @@ def test_nothing_supervised_is_zero():
     assert float(OneTokenRollout().loss(family, batch_of([sequence([5, 6], prompt=2)])).mean().detach()) == 0.0
 
 
-@pytest.mark.parametrize("bad", [{"samples": 0}, {"temperature": 0.0}, {"penalty": 0.1}, {"floor": 1.0}])
+@pytest.mark.parametrize("bad", [{"samples": 0}, {"temperature": 0.0}, {"wrong_reward": 0.1}, {"floor": 1.0}])
 def test_bad_fields_are_refused(bad):
     with pytest.raises(RecipeError, match=next(iter(bad))):
         OneTokenRollout(**bad)
+
+
+def test_it_trains_in_the_loop():
+    family = tiny_llama()
+    rows = [{"prompt": "w1 w2", "completion": "w3 w4"}, {"prompt": "w5", "completion": "w6"}]
+    ctx = Context(family)
+    method = OneTokenRollout(samples=8)
+    batch = method.collate(rows, None, ctx)
+    before = float(family.score(batch).logp.mean().detach())
+    engine(family, [method], rows, ctx, steps=10).run()
+    assert float(family.score(batch).logp.mean().detach()) > before
