@@ -25,7 +25,7 @@ RECIPE = """\
 name: dates
 model: smollm2-135m
 data: {{train: {folder}/train.jsonl, test: {folder}/test.jsonl, ood: {folder}/ood.jsonl, general: {folder}/general.jsonl}}
-select: {{method: kmeans-quality, budget: {budget}, clusters: 24}}
+select: {{method: mig, budget: {budget}, tags: tags}}      # every language and month is covered, the common ones do not crowd out the rare
 adapt: {{method: lora, rank: 16, alpha: 32}}
 objective: sft
 optimize: {{method: adamw, lr: 1e-3}}
@@ -60,7 +60,8 @@ def dates(languages: tuple[str, ...], n: int, seed: int) -> list[dict[str, Any]]
         if text in seen or not any(c.isalpha() for c in text):
             continue
         seen.add(text)
-        rows.append({"prompt": QUESTION.format(text), "completion": day.isoformat(), "language": language, "meta": {"language": language, "form": form}})
+        tags = [language, form, f"{language} month {day.month}"]
+        rows.append({"prompt": QUESTION.format(text), "completion": day.isoformat(), "tags": tags, "meta": {"language": language, "form": form}})
     return rows
 
 

@@ -142,17 +142,19 @@ class Candidates:
 class Watch:
     """Sees a layer's dense gradient inside the backward pass and keeps only the candidates' part."""
 
-    def __init__(self, store: dict[str, Candidates], name: str, number: int) -> None:
-        self.store, self.name, self.number = store, name, number
+    def __init__(self, store: dict[str, Candidates], name: str, delta: nn.Parameter) -> None:
+        self.store, self.name, self.delta = store, name, delta
 
     @torch.no_grad()
     def __call__(self, dense: Tensor) -> None:
         dense = dense.float()
         if self.name not in self.store:
-            index = dense.abs().topk(min(self.number, dense.numel())).indices.sort().values
+            index = dense.abs().topk(len(self.delta)).indices.sort().values
             zero = torch.zeros(len(index), device=dense.device)
             self.store[self.name] = Candidates(index, zero, zero.clone(), zero.clone())
         candidates = self.store[self.name]
+        if self.delta.grad is None:  # the first micro-batch of a pass; a two-pass optimizer's last pass is the one that counts
+            candidates.pending.zero_()
         candidates.pending += dense[candidates.index]
 
 
@@ -240,7 +242,7 @@ class Spiel(Adapter):
         if place == 0:
             self._candidates.clear()
         for name, layer in self._layers.items():
-            layer.watch = Watch(self._candidates, name, len(layer.delta)) if self.variant == "ag" and place < self.collect else None
+            layer.watch = Watch(self._candidates, name, layer.delta) if self.variant == "ag" and place < self.collect else None
 
     @torch.no_grad()
     def after_step(self, step: Step, ctx: Context | None) -> None:

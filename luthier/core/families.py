@@ -288,8 +288,9 @@ class CausalLM(Family):
         config = GenerationConfig(
             max_new_tokens=decode.max_new_tokens, num_return_sequences=n if decode.temperature > 0 else 1,
             pad_token_id=self.pad_id, eos_token_id=ends or None, **sampling,
+            suppress_tokens=getattr(self.base_network.generation_config, "suppress_tokens", None),
         )  # fmt: skip
-        # transformers fills what is left open from the model's own defaults (penalties, sampling), which nobody asked for here.
+        # transformers fills what is left open from the model's own defaults (penalties, sampling), which nobody asked for here; only its banned tokens stay.
         base, kept = self.base_network, self.base_network.generation_config
         base.generation_config = config
         try:

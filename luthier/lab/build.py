@@ -14,9 +14,10 @@ import torch
 
 from luthier.errors import ModelError, nearest
 from luthier.lab import _build_chat, _build_encoder, _build_vision, abilities, tokenizer
+from luthier.lab._build_guide import guided, guided_loss
 from luthier.lab.mixture import MIXTURE_A, filler_pair
 from luthier.lab.nets import fresh
-from luthier.lab.training import Plan, State, causal_loss, text_chunks, train
+from luthier.lab.training import Plan, State, text_chunks, train
 
 WEIGHTS = Path(__file__).with_name("weights")
 
@@ -39,7 +40,9 @@ def load(folder: Path | str, loads_with: str = "AutoModelForCausalLM") -> torch.
     return getattr(transformers, loads_with).from_pretrained(str(folder), dtype=torch.float32)
 
 
-def run_text(mixture: list) -> Callable:
+def run_text(mixture: list, filler: tuple[int, int] | None = None) -> Callable:
+    """Causal language modelling on a mixture, with guided heads; `filler` guides them through longer rows too."""
+
     def run(name: str, model: torch.nn.Module, plan: Plan, seed: int) -> State:
         def watch(state: State, progress: float) -> None:
             if state.chunk % 4:
@@ -50,7 +53,7 @@ def run_text(mixture: list) -> Callable:
                 state.notes["half"] = state.units
                 ship("lm-s@half", model, abilities.text_abilities(model), state, seed)
 
-        return train(name, model, text_chunks(mixture, seed), causal_loss, plan, watch)
+        return train(name, model, guided(text_chunks(mixture, seed), seed, filler), guided_loss, plan, watch)
 
     return run
 
@@ -65,7 +68,7 @@ def builds() -> dict[str, Build]:
     return {
         "lm-s": Build(Plan(14_000_000), 1, run_text(MIXTURE_A), abilities.text_abilities),
         "lm-s.b": Build(Plan(14_000_000), 2, run_text(MIXTURE_A), abilities.text_abilities),
-        "lm-m": Build(Plan(16_000_000, rate=1.5e-3), 3, run_text(with_values(MIXTURE_A)), lambda m: abilities.text_abilities(m, filler=True)),
+        "lm-m": Build(Plan(16_000_000, rate=1.5e-3), 3, run_text(with_values(MIXTURE_A), (10, 120)), lambda m: abilities.text_abilities(m, filler=True)),
         "chat": Build(Plan(4_000_000, rate=1e-3, final_rate=5e-5), 4, _build_chat.run, _build_chat.measure, start="lm-s"),
         "enc": Build(Plan(12_000_000), 5, _build_encoder.run, _build_encoder.measure, loads_with="AutoModelForMaskedLM"),
         "vit": Build(Plan(700_000, rate=1e-3), 6, _build_vision.run, _build_vision.measure, loads_with="AutoModelForImageClassification"),

@@ -99,6 +99,7 @@ class PrefixRFT(Policy):
     """Longest answer, prefix included; also the loss's constant divisor."""
 
     columns = (frozenset({"prompt", "completion"}), frozenset({"messages"}), frozenset({"prompt"}))  # type: ignore[assignment]
+    toy = {"max_new_tokens": 4, "group_size": 2}
 
     def __post_init__(self) -> None:
         _rollout.check_sampling(self.group_size, self.temperature, self.max_new_tokens, self.verifier)

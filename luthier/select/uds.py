@@ -107,9 +107,9 @@ class UDS(Selector):
     """Sketches of kept rows that are remembered, first in, first out."""
     projection: Literal["dct", "fft", "gaussian"] = "dct"
     """How logits are sketched; fft is the release's."""
-    rows: int = 8
+    sketch_rows: int = 8
     """r1 of the sketch, along positions."""
-    columns: int = 128
+    sketch_columns: int = 128
     """r2 of the sketch, along the vocabulary."""
     positions: int = 512
     """Longest row that is scored whole."""
@@ -117,18 +117,18 @@ class UDS(Selector):
     """First step at which rows are chosen; before it the first of the candidates are taken."""
     _sketch: Any = field(default=None, init=False, repr=False)
 
-    toy: ClassVar[dict[str, Any]] = {"candidates": 2.0, "positions": 16, "columns": 8, "rows": 2}
+    toy: ClassVar[dict[str, Any]] = {"candidates": 2.0, "positions": 16, "sketch_columns": 8, "sketch_rows": 2}
 
     def __post_init__(self) -> None:
-        if self.candidates < 1 or self.alpha < 0 or min(self.memory, self.rows, self.columns, self.positions) < 1:
-            raise RecipeError("uds needs candidates >= 1, alpha >= 0, and memory, rows, columns and positions of at least 1.")
+        if self.candidates < 1 or self.alpha < 0 or min(self.memory, self.sketch_rows, self.sketch_columns, self.positions) < 1:
+            raise RecipeError("uds needs candidates >= 1, alpha >= 0, and memory, sketch_rows, sketch_columns and positions of at least 1.")
         self.oversample = float(self.candidates)
 
     def pick(self, batch: Batch, row_scores: Mapping[str, Any], ctx: Context | None = None) -> Tensor:
         logits = [z[: self.positions] for z in row_scores["logits"]]
         queue = None if ctx is None else ctx.queue("uds", self.memory)
         if self._sketch is None:
-            self._sketch = Sketch(logits[0].shape[-1], self.positions, self.rows, self.columns, self.projection, 0 if ctx is None else ctx.seed)
+            self._sketch = Sketch(logits[0].shape[-1], self.positions, self.sketch_rows, self.sketch_columns, self.projection, 0 if ctx is None else ctx.seed)
         known = queue["sketch"] if queue is not None and len(queue) else None
         scores, sketches = uds(logits, known, self._sketch, self.alpha, self.scale)
         kept = scores.argsort(descending=True, stable=True)[: max(1, round(len(logits) / self.candidates))]

@@ -133,8 +133,8 @@ def is_documented(case: Case) -> None:
     documented = field_docs(case.cls)
     missing = [f.name for f in fields_of(case.cls) if not documented.get(f.name)]
     ensure(not missing, f"the field '{(missing or [''])[0]}' has no documentation (a string literal under it)")
-    hooks = [f.name for f in fields_of(case.cls) if callable(getattr(Plugin, f.name, None))]
-    ensure(not hooks, f"its field '{(hooks or [''])[0]}' hides the hook of that name; call it otherwise")
+    reserved = [f.name for f in fields_of(case.cls) if callable(getattr(Plugin, f.name, None)) or str(Plugin.__annotations__.get(f.name, "")).startswith("ClassVar")]
+    ensure(not reserved, f"its field '{(reserved or [''])[0]}' hides what every plug-in has under that name; call it otherwise")
     ensure(case.cls.axis in AXES and case.cls.name == case.cls.name.lower(), "its name is not lower case")
 
 

@@ -228,6 +228,22 @@ def test_micro_batches_of_a_step_are_summed():
         assert a[n].count == b[n].count == 1
 
 
+def test_of_two_passes_the_last_one_counts():
+    """A two-pass optimizer clears the gradients between its passes."""
+    once, twice = make(), make()
+    for made, passes in ((once, [0.1]), (twice, [3.0, 0.1])):
+        model, method, ctx, _, optimizer = made
+        method.before_step(Step(0, 0, model, [], optimizer), ctx)
+        model.train()
+        for scale in passes:
+            optimizer.zero_grad(set_to_none=True)
+            (-scale * model.score(model.collate(ROWS)).logp.mean()).backward()
+        optimizer.step()
+        method.after_step(Step(0, 0, model, [], optimizer), ctx)
+    for name, seen in once[1]._candidates.items():
+        torch.testing.assert_close(seen.total, twice[1]._candidates[name].total)
+
+
 def test_without_reselection_it_is_plain_adam_on_the_support():
     model, method, ctx, _, optimizer = make(every=1000, collect=999)
     twin, other, *_ = make(every=1000, collect=999)

@@ -57,7 +57,7 @@ def test_equal_rows_score_alike_and_alpha_zero_ignores_the_memory():
 
 def test_the_best_share_is_kept_and_remembered_in_order():
     ctx = Context(seed=0)
-    method = UDS(candidates=2, memory=5, positions=8, columns=8, rows=2, alpha=0)
+    method = UDS(candidates=2, memory=5, positions=8, sketch_columns=8, sketch_rows=2, alpha=0)
     logits = [s * torch.randn(4, 16) for s in (1, 9, 2, 8, 3, 7)]
     weights = method.pick(batch(6), {"logits": logits}, ctx)
     assert weights.tolist() == [0, 1, 0, 1, 0, 1]
