@@ -130,7 +130,7 @@ def disk_errors(folder: Path, what: str, only: tuple[int, ...] = ()) -> Iterator
 
 def disk_error(error: OSError, folder: Path, what: str = "checkpoint") -> TrainingError:
     """What a user must know when something could not be written."""
-    last = latest(folder)
+    last = latest(folder) or latest(folder / "checkpoints")
     kept = f"The last checkpoint, {last.name}, is intact" if last else "What was saved before is intact"
     reason = REASONS.get(error.errno or 0) or error.strerror or str(error)
     return TrainingError(f"The {what} could not be written to {folder}: {reason}. {kept}; mend the disk and continue with --resume.")

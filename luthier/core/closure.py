@@ -25,26 +25,12 @@ class Outputs:
     scores: list[Any] = field(default_factory=list)
     """Detached TokenScores or class logits, in the order in which the objectives asked for them."""
 
-    def log_probs(self) -> list[Tensor]:
-        """[n, classes] log-probabilities of every prediction. Large for long texts: prefer `divergence`."""
-        return [torch.log_softmax(s.float(), -1) if isinstance(s, Tensor) else s.map(lambda z, at: torch.log_softmax(z, -1)) for s in self.scores]
-
-    def divergence(self, other: Outputs) -> float:
-        """KL(this || other), summed over classes and averaged over predictions, in chunks."""
-        from luthier.core.scores import kl
-
-        total, number = 0.0, 0
-        with torch.no_grad():
-            for mine, theirs in zip(self.scores, other.scores):
-                values = kl(mine, theirs) if isinstance(mine, Tensor) else theirs.kl(mine)
-                total, number = total + float(values.sum()), number + values.numel()
-        return total / max(1, number)
-
 
 class Closure:
-    """`closure(rng, edit, grad)` evaluates the same micro-batches again; `finish()` hands the final gradient to the plug-ins and clips."""
+    """`closure(rng, edit, grad)` evaluates the same micro-batches again; `finish()` hands the final gradient to the
+    plug-ins and clips; it is False when a plug-in drops the step."""
 
-    def __init__(self, model: Family, optimizer: torch.optim.Optimizer, passes: Callable[[bool], dict[str, float]], finish: Callable[[], None]) -> None:
+    def __init__(self, model: Family, optimizer: torch.optim.Optimizer, passes: Callable[[bool], dict[str, float]], finish: Callable[[], bool]) -> None:
         self.model, self.optimizer, self.passes, self.finish = model, optimizer, passes, finish
         self.first_losses: dict[str, float] = {}
         self.check: Callable[[dict[str, float]], None] = lambda losses: None
@@ -75,13 +61,14 @@ class Closure:
 
 @contextmanager
 def recording(model: Family) -> Iterator[list[Any]]:
-    """Collect, detached, what `score` and `classify` return inside."""
+    """Collect, detached, what `score` and `classify` return inside, but not what a reference says."""
     seen: list[Any] = []
 
     def listen(verb: Callable[..., Any]) -> Callable[..., Any]:
         def wrapped(*args: Any, **kwargs: Any) -> Any:
             out = verb(*args, **kwargs)
-            seen.append(out.detach())
+            if not model.referring:
+                seen.append(out.detach())
             return out
 
         return wrapped

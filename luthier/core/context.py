@@ -150,7 +150,11 @@ class Context:
         Always in eval mode and without gradient."""
         if name == "stage" and self.switch is not None and self.current is not None:
             with self.current.evaluating(), self.switch():
-                yield self.current
+                self.current.referring = True
+                try:
+                    yield self.current
+                finally:
+                    self.current.referring = False
         else:
             frozen = self.model(name)
             with frozen.evaluating():

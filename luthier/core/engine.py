@@ -86,7 +86,7 @@ class Engine:
         self.plan, self.train, self.ctx, self.folder = plan, train, ctx, folder
         self.model = plan.model
         self.journal = journal or Journal(None)
-        self.identity = {"the number of threads": torch.get_num_threads(), **(identity or {})}
+        self.identity = {"threads": torch.get_num_threads(), **(identity or {})}
         self.groups: list[Group] = []
         self.parts: dict[str, Parts] = {}
         self.pending: list[list[int]] = []
@@ -364,8 +364,7 @@ class Engine:
         self.optimizer.zero_grad(set_to_none=True)
         step.losses = passes()
         self._refuse_nan(step.losses, step)
-        self._finish_gradient(step)()
-        if not step.skip:
+        if self._finish_gradient(step)():
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
@@ -398,10 +397,10 @@ class Engine:
         if total.terms:
             yield total
 
-    def _finish_gradient(self, step: Step) -> Callable[[], None]:
+    def _finish_gradient(self, step: Step) -> Callable[[], bool]:
         """Sum over ranks, let the plug-ins read and edit, clip. Returned as a function: a two-pass optimizer calls it at its end."""
 
-        def finish() -> None:
+        def finish() -> bool:
             params = [p for g in self.groups for p in g.params.values() if p.grad is not None]
             if self.accelerator.num_processes > 1:
                 for p in params:
@@ -414,6 +413,7 @@ class Engine:
                 raise self._broken("The gradient is not a number", step)
             if self.train.clip:
                 torch.nn.utils.clip_grads_with_norm_(params, self.train.clip, norm)
+            return not step.skip
 
         return finish
 

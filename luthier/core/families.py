@@ -58,6 +58,8 @@ class Family:
         self.network, self.processor, self.source = network, processor, source
         self.modules: dict[str, nn.Module] = {}
         """Trainable parts that belong to plug-ins (heads, projections), by name; filled from `Parts.modules`."""
+        self.referring = False
+        """Its adapters are switched off just now, to speak as the reference."""
         self.notices: list[str] = []
         """What the user should know about this model, found when it was loaded."""
 

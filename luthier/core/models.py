@@ -13,17 +13,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from luthier.core.batch import Sequence
 from luthier.core.encoders import DualEncoder, ImageClassifier, TextEncoder
 from luthier.core.families import CausalLM, Family
 from luthier.core.fetch import ALIASES, EMBEDDED, fetch
 from luthier.core.gguf_export import export_gguf, mend_pre_tokenizer
 from luthier.core.places import Place, place_of
-from luthier.core.quiet import quiet, unquantised
+from luthier.core.probe import probe
+from luthier.core.quiet import first_line, quiet, unquantised
 from luthier.errors import ModelError, UserError
 
 __all__ = ["DualEncoder", "ImageClassifier", "TextEncoder", "export_gguf", "fingerprint", "load", "load_state", "probe", "save_network", "wrap"]
@@ -31,7 +30,6 @@ __all__ = ["DualEncoder", "ImageClassifier", "TextEncoder", "export_gguf", "fing
 DTYPES = {"auto": torch.float32, "fp32": torch.float32, "float32": torch.float32, "bf16": torch.bfloat16, "bfloat16": torch.bfloat16, "fp16": torch.float16, "float16": torch.float16}
 DUAL = frozenset({"clip", "siglip", "siglip2", "chinese_clip", "altclip"})
 FAMILIES = ("causal-lm", "text-encoder", "image-classifier", "dual-encoder")
-TOLERANCE = 1e-4
 
 
 def load(
@@ -137,7 +135,7 @@ def _network(transformers: Any, config: Any, kind: str, where: dict[str, Any], d
             if "attn" not in str(error).lower() and "attention" not in str(error).lower():
                 raise
             network, report = reader(**given, attn_implementation="eager")
-            return network.eval(), report, [f"The attention '{attention}' does not serve this model, so the plain one is used: {_first(error)}"]
+            return network.eval(), report, [f"The attention '{attention}' does not serve this model, so the plain one is used: {first_line(error)}"]
     return network.eval(), report, []
 
 
@@ -160,7 +158,10 @@ def _processor(transformers: Any, kind: str, where: dict[str, Any], place: Place
         raise ModelError(f"{place.path} holds a model but no tokenizer; save the tokenizer there too: tokenizer.save_pretrained('{place.path}').")
     if kind == "dual-encoder" and images:
         return transformers.AutoProcessor.from_pretrained(path, **given)
-    return transformers.AutoTokenizer.from_pretrained(path, **given)
+    made = transformers.AutoTokenizer.from_pretrained(path, **given)
+    if place.gguf and place.path is not None:
+        mend_pre_tokenizer(made, place.path / place.gguf)
+    return made
 
 
 def dressed(family: Family, tokenizer: str | None, template: str | None, remote: bool = False) -> Family:
@@ -174,7 +175,7 @@ def dressed(family: Family, tokenizer: str | None, template: str | None, remote:
         try:
             read = transformers.AutoTokenizer.from_pretrained(where, trust_remote_code=remote, local_files_only=path.is_dir())
         except (OSError, ValueError, KeyError) as error:
-            raise ModelError(f"The tokenizer '{tokenizer}' cannot be loaded: {_first(error)}") from error
+            raise ModelError(f"The tokenizer '{tokenizer}' cannot be loaded: {first_line(error)}") from error
         if hasattr(family.processor, "image_processor"):
             family.processor.tokenizer = read
         else:
@@ -231,7 +232,7 @@ def _adapter(place: Place, device: torch.device, dtype: str, attention: str, bas
     try:
         family.network = PeftModel.from_pretrained(family.network, str(place.path), local_files_only=True).to(device).eval()
     except (RuntimeError, ValueError, KeyError) as error:
-        raise ModelError(f"The adapter {place.path} does not fit '{named or base}': {_first(error)}") from error
+        raise ModelError(f"The adapter {place.path} does not fit '{named or base}': {first_line(error)}") from error
     family.source = str(place.path)
     return _ready(family)
 
@@ -270,61 +271,12 @@ def _sentences(place: Place) -> Iterator[None]:
     except UserError:
         raise
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-        text = _first(error)
+        text = first_line(error)
         if "trust_remote_code" in str(error):
             text = "it brings code of its own, which only runs if you ask for it with trust_remote_code=True."
         if place.path is None:
             raise ModelError(f"'{place.source}' cannot be loaded from the hub: {text} Embedded models need no network: {', '.join(EMBEDDED)}.") from error
         raise ModelError(f"{place.path} cannot be loaded: {text}") from error
-
-
-def _first(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-# sharing ----------------------------------------------------------------------------------------------------------------
-def probe(family: CausalLM) -> str | None:
-    """Score three rows that share a prefix together and apart. If they differ, rows no longer share; the sentence says so."""
-    window = getattr(family.config, "sliding_window", None) or 0
-    rows = _probe_rows(int(family.config.get_text_config().vocab_size), min(int(window), 32))
-    family.can_share = False
-    with family.evaluating():
-        apart = family.score(rows).logp
-        _check_head(family, rows[0], apart)
-        family.can_share = True
-        try:
-            together = family.score(rows).logp
-        except (RuntimeError, ValueError, TypeError, KeyError, IndexError, NotImplementedError) as error:
-            family.can_share = False
-            return f"Rows that begin alike are computed apart, because this model cannot share their tokens ({_first(error)})."
-    # in half precision, rounding alone is larger than any mistake that a prefix could hide
-    tolerance = TOLERANCE if family.dtype == torch.float32 else 0.1
-    difference = float((together - apart).abs().max())
-    family.can_share = bool(difference <= tolerance * max(1.0, float(apart.abs().max())))
-    return None if family.can_share else f"Rows that begin alike are computed apart, because sharing their tokens would change this model's scores (by {difference:.1e})."
-
-
-def _check_head(family: CausalLM, row: Sequence, found: Tensor) -> None:
-    """What we say of a row must be what the network itself says of it."""
-    if family.is_prompted:
-        return
-    logits = family.network(input_ids=torch.from_numpy(row.ids)[None].to(family.device), use_cache=False).logits[0]
-    at = torch.from_numpy(row.supervised).to(family.device)
-    target = torch.from_numpy(row.labels).to(family.device)[at]
-    wanted = torch.log_softmax(logits[at - 1].float(), -1)[torch.arange(len(at), device=at.device), target]
-    tolerance = TOLERANCE if family.dtype == torch.float32 else 0.1
-    if not torch.allclose(found[: len(wanted)], wanted, rtol=tolerance, atol=tolerance * 10):
-        raise ModelError(f"A {type(family.base_network).__name__} changes its logits in a way that is not known here, so its scores would be wrong.")
-
-
-def _probe_rows(vocabulary: int, window: int) -> list[Sequence]:
-    rng = np.random.default_rng(0)
-    prefix = rng.integers(0, vocabulary, 6 + window)
-    tails = [rng.integers(0, vocabulary, n) for n in (3, 5, 4)]
-    for i, tail in enumerate(tails):
-        tail[0] = i % vocabulary
-    rows = [np.concatenate([prefix, tail]) for tail in tails]
-    return [Sequence(ids, np.arange(len(ids)) > 2, row=i) for i, ids in enumerate(rows)]
 
 
 # writing ----------------------------------------------------------------------------------------------------------------

@@ -32,3 +32,8 @@ def unquantised(network: Any) -> Any:
         del network.config.quantization_config
     network.config.architectures = [type(network).__name__]
     return network
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, in one line."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

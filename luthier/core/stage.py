@@ -6,6 +6,7 @@ Each phase leaves a finished artefact in the stage's folder, so a killed run rep
 from __future__ import annotations
 
 import gc
+import json
 import shutil
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -14,15 +15,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from luthier.core.models import load, load_state, save_network
+from torch import Tensor
 
 from luthier.core import checkpoint
 from luthier.core.context import Context
 from luthier.core.engine import Engine, Outcome, Plan
 from luthier.core.journal import Journal
+from luthier.core.models import load, load_state, save_network
+from luthier.core.places import Place, place_of
 from luthier.core.plugin import defines
-from luthier.core.rows import Rows
-from luthier.errors import ModelError, RecipeError, UserError
+from luthier.core.preflight import EXAMINED, preflight
+from luthier.core.rows import Rows, fit_lengths, lengths
+from luthier.core.source import TensorSource
+from luthier.errors import ModelError, RecipeError, TrainingError, UserError
 
 if TYPE_CHECKING:
     from luthier.core.families import Family
@@ -90,28 +95,84 @@ class Stage:
     # -- rows ------------------------------------------------------------------------------------------------------------
     def _rows(self, ctx: Context, resume: bool) -> Rows:
         """Synthesize, then curate, then select. The outcome is kept, with the random states, so that it is never redone."""
-        kept = checkpoint.latest(self.folder / "rows") if resume else None
-        if kept is not None:
-            state = checkpoint.load(kept)
-            ctx.load_state_dict(state["context"])
-            self.facts |= state["facts"]
-            ctx.streams["train"] = rows = Rows(state["rows"], ids=state["ids"], name="train", source=state["source"])
-            return rows
-        rows = self.streams.get("train")
-        if rows is None:
+        given = self.streams.get("train")
+        if given is None:
             raise RecipeError("The recipe's data has no 'train' rows; add `data: {train: FILE}`.")
-        self.facts["rows"] = [{"step": "given", "rows": len(rows)}]
+        self.selector = self.recipe.select[0].build() if self.recipe.select else None
+        kept = checkpoint.latest(self.folder / "rows") if resume else None
+        rows = self._made_rows(given, ctx) if kept is None else self._kept_rows(checkpoint.load(kept), given, ctx)
+        ctx.streams["train"] = rows
+        if kept is None:
+            # Rows that nothing changed are those of the data, which a resumed run reads again.
+            whole = None if rows is given else {"rows": [dict(r) for r in rows], "ids": rows.ids, "source": rows.source, "kind": rows.kind}
+            state = {"rows": whole, "given": self._given(), "context": ctx.state_dict(), "facts": self.facts}
+            checkpoint.save(self.folder / "rows", 0, state | ({"selector": self.selector.state_dict()} if self.selector else {}))
+        return rows
+
+    def _kept_rows(self, state: dict[str, Any], given: Rows, ctx: Context) -> Rows:
+        self._same_data(state["given"])
+        ctx.load_state_dict(state["context"])
+        self.facts |= state["facts"]
+        if self.selector is not None:
+            self.selector.load_state_dict(state["selector"])
+        return given if state["rows"] is None else Rows(name="train", **state["rows"])
+
+    def _made_rows(self, rows: Rows, ctx: Context) -> Rows:
+        aside = len(rows.aside)
+        self.facts["rows"] = [{"step": "given", "rows": len(rows) + aside}]
+        if aside:
+            self.facts["rows"].append({"step": f"{aside} bad ones were set aside", "rows": len(rows)})
+        rows = self._fitted(rows, ctx)
         for choice in self.recipe.synthesize:
             rows = self._change(choice, "synthesize", rows, ctx)
         for choice in self.recipe.curate:
             rows = self._change(choice, "curate", rows, ctx)
+        if self.recipe.synthesize or self.recipe.curate:
+            rows = self._fitted(rows, ctx)
         rows = self._select(rows, ctx)
         if len(rows) == 0:
             raise UserError("No rows are left to train on after curation and selection.")
-        ctx.streams["train"] = rows
-        state = {"rows": [dict(r) for r in rows], "ids": rows.ids, "source": rows.source, "context": ctx.state_dict(), "facts": self.facts}
-        checkpoint.save(self.folder / "rows", 0, state)
         return rows
+
+    def _fitted(self, rows: Rows, ctx: Context) -> Rows:
+        """The rows that the model reads whole: longer ones are refused, left out or marked to be cut, as `data.too_long` says."""
+        family, data = ctx.current, self.recipe.data
+        assert family is not None
+        tokenizer, limit = getattr(family, "tokenizer", None), data.max_length
+        if not len(rows) or tokenizer is None:
+            return rows
+        if "score" in family.verbs:
+            fitted = preflight(rows, family, data.train_on, limit, data.too_long).rows
+        elif limit is not None and data.too_long == "cut":
+            family.cut = min(limit, family.max_length or limit)  # type: ignore[attr-defined]
+            return rows
+        elif limit is not None:
+            fitted = fit_lengths(rows, tokenizer, limit, data.too_long, data.train_on)
+        else:
+            self._tell_cut(rows, family)
+            return rows
+        for notice in fitted.notices[len(rows.notices) :]:
+            self._say(notice)
+        if len(fitted) < len(rows):
+            self.facts["rows"].append({"step": f"{len(rows) - len(fitted)} too long ones were set aside", "rows": len(fitted)})
+        return fitted
+
+    def _tell_cut(self, rows: Rows, family: Any) -> None:
+        """An encoder reads so many tokens of a text; its user should know when there are more."""
+        part = rows.take(range(min(len(rows), EXAMINED)))
+        if family.max_length and rows.kind in ("text", "text-label", "pairs", "image-text"):
+            over = int((lengths(part, family.tokenizer) > family.max_length).sum())
+            if over:
+                self._say(f"{over} of {len(part)} rows are longer than the {family.max_length} tokens that this model reads at once; set `data: {{too_long: skip, max_length: {family.max_length}}}` to leave them out.")
+
+    def _given(self) -> dict[str, str]:
+        return {name: rows.fingerprint for name, rows in self.streams.items()}
+
+    def _same_data(self, then: Mapping[str, str]) -> None:
+        now = self._given()
+        changed = next((name for name in then if now.get(name) != then[name]), None)
+        if changed is not None:
+            raise TrainingError(f"This run cannot be continued exactly: its '{changed}' rows are not those it began with. Restore them, or start a new run.")
 
     def _change(self, choice: Any, verb: str, rows: Rows, ctx: Context) -> Rows:
         method = choice.build()
@@ -124,7 +185,6 @@ class Stage:
         from luthier.core.plugin import Plugin
         from luthier.select import Selector
 
-        self.selector = self.recipe.select[0].build() if self.recipe.select else None
         if self.selector is None or type(self.selector).select is Selector.select:
             return rows
         assert isinstance(self.selector, Plugin)
@@ -190,10 +250,8 @@ class Stage:
                 if not (alone and plugin is first):
                     stack.enter_context(plugin.folded(plan.model))
             family = self._combined(plan, ctx)
-            try:
+            with checkpoint.disk_errors(self.folder, "model", tuple(checkpoint.REASONS)):
                 first.export(family, writing) if alone else save_network(merged(family), writing)
-            except OSError as error:
-                raise checkpoint.disk_error(error, writing, checkpoint.latest(self.folder / "checkpoints")) from error
         shutil.rmtree(target, ignore_errors=True)
         writing.rename(target)
 
@@ -201,31 +259,37 @@ class Stage:
         """The tuned model after `merge` and `compress`."""
         family = plan.model
         if self.recipe.merge:
-            family = merged(family)
-            base, tuned = self._merge_inputs(family, ctx)
-            load_state(family, dict(self.recipe.merge[0].build().merge(base, tuned, ctx).items()))
+            family = self._merged(merged(family), ctx)
         for compressor in plan.others:
             family = compressor.compress(family, ctx) or family
             self.facts.setdefault("compress", []).append(_plain(getattr(compressor, "report", {})))
         return family
 
-    def _merge_inputs(self, family: Family, ctx: Context) -> tuple[Any, list[Any]]:
-        """The base's state dict, and those of everything that `of` names: "this", a model of the recipe, a run or a folder."""
-        this = {k: v.detach().clone() for k, v in family.network.state_dict().items()}
-        names = self.recipe.merge_of or ["base", "this"]
-        tuned = [this if name == "this" else self._state_of(name, ctx) for name in names if name != "base"]
-        return ctx.model("base").network.state_dict(), tuned or [this]
+    def _merged(self, family: Family, ctx: Context) -> Family:
+        """What `merge` makes of the base and of everything that `of` names: "this", a model of the recipe, a run or a folder.
 
-    def _state_of(self, name: str, ctx: Context) -> Mapping[str, Any]:
-        if ctx.has_model(name):
-            return ctx.model(name).network.state_dict()
-        folder = self.recipe.frame.path(name)
-        return plain(load(folder / "model" if (folder / "model").is_dir() else name)).network.state_dict()
+        All of them are read from their folders tensor by tensor, and so is the result."""
+        ctx.current, ctx.switch = family, None
+        this, sources = self.folder / ".this-model", Sources(family)
+        with checkpoint.disk_errors(self.folder, "model", tuple(checkpoint.REASONS)):
+            save_network(family, this)
+        names = [n for n in self.recipe.merge_of or ["this"] if n != "base"] or ["this"]
+        tuned = [sources.of(this if name == "this" else self._spec_of(name, ctx)) for name in names]
+        merger = self.recipe.merge[0].build()
+        load_state(family, merger.merge(sources.of(self._spec_of("base", ctx)), tuned, ctx))
+        self.facts["merge"] = _plain(getattr(merger, "report", {}))
+        shutil.rmtree(this)
+        return family
+
+    def _spec_of(self, name: str, ctx: Context) -> Any:
+        if name in self.recipe.models or name == "base":
+            return self.recipe.model_spec(None if name == "base" else name)
+        return ctx.model(name) if ctx.has_model(name) else name
 
     # -- what the next stage continues from ------------------------------------------------------------------------------
     def _save_end(self, ctx: Context) -> None:
         self.store = ctx.store.state_dict()
-        checkpoint.save(self.folder / "end", 0, {"store": self.store, "facts": _plain(self.facts)})
+        checkpoint.save(self.folder / "end", 0, {"store": self.store, "facts": _plain(self.facts), "given": self._given()})
         checkpoint.replace_text(self.folder / "done", "done\n")
         ctx.models.clear()
         gc.collect()
@@ -234,6 +298,7 @@ class Stage:
         newest = checkpoint.latest(self.folder / "end")
         if newest is not None:
             state = checkpoint.load(newest)
+            self._same_data(state["given"])
             self.store, self.facts = state["store"], state["facts"]
 
     def _say(self, sentence: str) -> None:
@@ -250,8 +315,7 @@ class Evaluator:
     def __call__(self, source: Any) -> float:
         rows = self.ctx.rows("val")
         family = self.scratch = self.scratch or plain(self.ctx.current.frozen_copy())  # type: ignore[union-attr]
-        state: Mapping[str, Any] = source if isinstance(source, Mapping) else source.network.state_dict()
-        load_state(family, dict(state.items()))
+        load_state(family, source if isinstance(source, Mapping) else source.network.state_dict())
         total = number = 0.0
         with family.evaluating():
             for start in range(0, len(rows), 64):
@@ -263,6 +327,52 @@ class Evaluator:
                     hit = family.classify(batch).argmax(-1).cpu() == batch.tensors["labels"].cpu()
                     total, number = total + float(hit.sum()), number + len(hit)
         return total / max(1.0, number)
+
+
+class Sources:
+    """Models as tensors under one network's names and in its type, read from their folders when they are asked for.
+
+    A model is loaded whole only where its folder holds it in another form: on the hub, as GGUF, under other names, or as an adapter
+    that is no plain product."""
+
+    def __init__(self, like: Family) -> None:
+        self.dtype = like.dtype
+        self.names = {n: t for n, t in like.network.state_dict(keep_vars=True).items() if isinstance(t, Tensor)}
+        self.known: dict[str, TensorSource] = {}
+
+    def of(self, spec: Any) -> TensorSource:
+        if hasattr(spec, "network"):
+            return TensorSource.of(spec)
+        place = place_of(spec["id"] if isinstance(spec, Mapping) else spec)
+        if place.source not in self.known:
+            self.known[place.source] = self._read(place) or TensorSource.of(merged(load(spec, device="cpu")))
+        return self.known[place.source]
+
+    def _read(self, place: Place) -> TensorSource | None:
+        if place.path is None or place.gguf is not None:
+            return None
+        if place.kind == "model":
+            found = TensorSource.of(place.path)
+            return self._cast(found) if self._fits(found) else None
+        named = json.loads((place.path / "adapter_config.json").read_text()).get("base_model_name_or_path")
+        try:
+            return TensorSource.of(place.path, self.of(named)) if named else None
+        except ModelError:  # no plain LoRA, or of another model: peft merges it, or says what is wrong
+            return None
+
+    def _fits(self, found: TensorSource) -> bool:
+        have = {id(t) for n, t in self.names.items() if n in found}
+        return all(n in self.names for n in found) and all(id(t) in have for t in self.names.values())
+
+    def _cast(self, found: TensorSource) -> TensorSource:
+        def cast(t: Tensor) -> Tensor:
+            return t.to(self.dtype) if t.is_floating_point() else t
+
+        def meta(name: str) -> Any:
+            known = found.meta(name)
+            return known and (known[0], self.dtype if known[1].is_floating_point else known[1])
+
+        return TensorSource(found, lambda name: cast(found[name]), meta, found.aliases)
 
 
 def frozen(family: Family) -> Family:

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from luthier.core.loss import Loss
+from luthier.errors import DataError
 
 if TYPE_CHECKING:
     from luthier.core.batch import Batch
@@ -76,4 +77,7 @@ def branches(model: Family, batch: Batch, names: tuple[str, ...], normalise: boo
         if any(s.branch == name for s in batch.sequences) or name in batch.tensors:
             vectors = model.embed(batch, name).float()
             found.append(F.normalize(vectors, dim=-1) if normalise else vectors)
+    if len(found) < 2:
+        have = ", ".join(sorted(batch.rows[0])) if batch.rows else "no columns"
+        raise DataError(f"Contrastive learning needs rows read as pairs, with the columns {names[0]} and {names[1]}; these have {have}. Leave out columns that make them rows of another kind, such as prompt and completion.")
     return found

@@ -105,6 +105,8 @@ class AutoPEFT(Searcher):
     seed: int = 42
     """Of the random points and the local search."""
 
+    toy = {"trials": 2, "initial": 2, "surrogate": "random"}
+
     def __post_init__(self) -> None:
         if self.trials < 1 or self.initial < 1 or self.batch < 1:
             raise RecipeError("autopeft needs trials, initial and batch of at least 1.")

@@ -113,6 +113,7 @@ class KAFT(Synthesizer):
     """Length of a closed-book answer."""
     report: dict[str, Any] = field(default_factory=dict, init=False)
 
+    families = frozenset({"causal-lm"})
     columns = (frozenset({"question", "context", "answer"}),)
     toy = {"max_new_tokens": 4}
 

@@ -90,5 +90,8 @@ def _supervised(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         if "completion" in row and "prompt" in row:
             made.append(row)
         else:
-            made.append({**row, "prompt": row["messages"][:-1] if "messages" in row else prompt_text(row), "completion": answer_of(row)})
+            answer = answer_of(row)
+            if answer is None:
+                raise DataError(f"self-play needs rows with a given answer, as prompt + completion or messages; these have {', '.join(sorted(row))}.")
+            made.append({**row, "prompt": row["messages"][:-1] if "messages" in row else prompt_text(row), "completion": answer})
     return made

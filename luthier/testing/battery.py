@@ -152,7 +152,7 @@ def wrong_types_are_refused(case: Case) -> None:
             continue
         entry = {"method": toys.spec_of(case.cls), **bad}
         try:
-            Recipe.from_dict({"model": "m", "data": "d.jsonl", case.cls.axis: entry})
+            getattr(Recipe.from_dict({"model": "m", "data": "d.jsonl", case.cls.axis: entry}), case.cls.axis)[0].build()
         except UserError:
             continue
         raise NotConforming(f"a recipe with {sorted(bad)} is not refused")
@@ -474,7 +474,7 @@ AXIS: dict[str, tuple[Callable[[Case], None], ...]] = {
     "compress": (compresses_plain_dicts, runs_in_a_recipe),
     "decode": (decodes, runs_in_a_recipe),
     "measure": (measures_without_touching, runs_in_a_recipe),
-    "search": (searches,),
+    "search": (searches, runs_in_a_recipe),
 }
 
 

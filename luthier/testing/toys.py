@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from luthier.catalog import method
+from luthier.catalog import is_registered, method
 
 FAMILIES = ("causal-lm", "text-encoder", "image-classifier", "dual-encoder")
 
@@ -78,6 +78,7 @@ def recipe(choices: Mapping[str, type | str], family: str, folder: Path) -> dict
     columns = columns_for([c for a, c in classes.items() if a in ("objective", "synthesize", "select", "curate")], family)
     made["data"] = {name: rows(columns, n, seed) for seed, (name, n) in enumerate((("train", 12), ("test", 6), ("val", 6), ("general", 4)))}
     if "search" in classes:
+        made["measure"] += entry(method("measure", "task")) if "measure" not in choices or classes["measure"].name != "task" else []
         made["space"] = {"optimize.lr": [1e-3, 1e-2]}
     made["models"] = {name: str(model_folder(family)) for cls in classes.values() for name in getattr(cls, "toy_models", ())}
     made["helpers"] = {}
@@ -92,8 +93,8 @@ def entry(cls: Any, options: Mapping[str, Any] | None = None) -> Any:
 
 
 def spec_of(cls: Any) -> str:
-    """How a recipe names this class: its catalogue name, or its file."""
-    if cls.__module__.startswith("luthier."):
+    """How a recipe names this class: its catalogue name where it is registered under it, else its file."""
+    if is_registered(cls.axis, cls.name) and method(cls.axis, cls.name) is cls:
         return cls.name
     import inspect
 

@@ -29,7 +29,11 @@ def test_a_tap_sees_what_transformers_reports():
     with torch.no_grad(), tap(family, sites, at="in") as entering:
         family.network(input_ids=IDS)
     torch.testing.assert_close(entering[sites[1]], seen[sites[0]])
-    assert all(not m._forward_hooks and not m._forward_pre_hooks for m in family.network.modules())
+    blocks = [m for _, m in ModelMap(family).blocks]
+    kept = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in blocks]
+    with tap(family, sites):
+        assert [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in blocks] == [n + 1 for n in kept]
+    assert [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in blocks] == kept
 
 
 @pytest.mark.parametrize("at", ["in", "out"])
@@ -126,8 +130,7 @@ def test_transformers_checkpointing_takes_the_contexts():
     family.network.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": checkpoint_contexts})
     family.train()
     seen = []
-    block = ModelMap(family).blocks[0][1]
-    block.register_forward_pre_hook(lambda m, args: seen.append((current_scope().get("task"), current_scope().sealed)))
+    ModelMap(family).blocks[0][1].mlp.register_forward_pre_hook(lambda m, args: seen.append((current_scope().get("task"), current_scope().sealed)))
     with forward_scope(family, task=7):
         loss = family.network(input_ids=IDS, labels=IDS).loss
     loss.backward()

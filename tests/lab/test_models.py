@@ -10,7 +10,7 @@ import torch
 
 import luthier.lab as lab
 from luthier.errors import ModelError
-from luthier.lab import abilities, build, training
+from luthier.lab import _build_guide, abilities, build, training
 from luthier.lab.decode import greedy
 from luthier.lab.mixture import MIXTURE_A, drawn, encoded, held
 from luthier.lab.nets import fresh
@@ -18,7 +18,7 @@ from luthier.lab.tokenizer import tokenizer
 
 
 def tiny(seed: int = 0) -> torch.nn.Module:
-    return fresh("lm-s", seed, num_hidden_layers=1, hidden_size=32, intermediate_size=32)
+    return fresh("lm-s", seed, num_hidden_layers=2, hidden_size=32, intermediate_size=32)
 
 
 def test_configurations_have_the_stated_sizes():
@@ -46,6 +46,17 @@ def test_the_loss_equals_transformers_own():
     model, batch = tiny(), next(training.text_chunks(MIXTURE_A, 0, rows=50)(0))[0]
     labels = batch["ids"].masked_fill(~batch["supervised"], -100)
     assert training.causal_loss(model, batch, 0).item() == pytest.approx(model(input_ids=batch["ids"], labels=labels).loss.item(), rel=1e-5)
+
+
+def test_guided_heads_look_at_the_value_of_the_key():
+    ids = _build_guide.guide_rows(np.random.default_rng(0), 4)
+    tok = tokenizer()
+    for r, question, value in zip(*_build_guide.looks(ids)):
+        words = tok.convert_ids_to_tokens(ids[r].tolist())
+        assert words[question] == "=" and words[value - 1] == ">" and words[value - 2] == words[question - 1]
+        assert words[value] == words[question + 1]
+    assert len(_build_guide.looks(ids)[0]) == 24
+    assert _build_guide.guide_loss(tiny(), ids).item() > 0
 
 
 def test_a_killed_build_goes_on_to_the_same_weights(tmp_path, monkeypatch):

@@ -201,6 +201,7 @@ def test_the_engines_closure_gives_what_is_needed():
     class Fam:
         def __init__(self):
             self.network = self.base_network = network
+            self.referring = False
 
         def score(self, batch):
             raise NotImplementedError
