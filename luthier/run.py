@@ -6,22 +6,27 @@ stage, measures.json (before and after), report.txt, report.json, and `model`, w
 
 from __future__ import annotations
 
+import errno
 import json
 import platform
 import re
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from luthier.core import checkpoint
 from luthier.core.context import Context, seed_of
+from luthier.core.journal import check_trackers
 from luthier.core.stage import Stage
 from luthier.errors import ModelError, RecipeError, UserError
-from luthier.recipe import Recipe, StageEntry, check
+from luthier.recipe import Data, Recipe, StageEntry, check
+
+if TYPE_CHECKING:
+    from luthier.core.rows import Rows
 
 
 @dataclass
@@ -41,7 +46,7 @@ class Run:
         """The tuned model, with the recipe's decoder around it."""
         from luthier.core.models import load
 
-        family = load(self.model_path)
+        family = load(spec_of(self.model_path, self.recipe))
         return _decoded(self.recipe, family, {}) if decoded else family
 
     def numbers(self, when: str = "after") -> dict[str, float | None]:
@@ -62,10 +67,12 @@ def tune(recipe: Recipe | Mapping[str, Any] | str | Path, run: str | Path | None
     """Run a recipe. With `resume` an interrupted run continues to the very weights it would have reached."""
     recipe = _as_recipe(recipe)
     notices = check(recipe)
+    check_trackers(recipe.train.tracker)
     folder = _folder(recipe, run, resume)
-    if recipe.search:
-        recipe = _search(recipe, folder, resume, quiet)
-    return _Runner(recipe, folder, quiet).go(resume, notices)
+    with checkpoint.disk_errors(folder, "run", (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)):
+        if recipe.search:
+            recipe = _search(recipe, folder, resume, quiet)
+        return _Runner(recipe, folder, quiet).go(resume, notices)
 
 
 def open_run(folder: str | Path) -> Run:
@@ -74,7 +81,7 @@ def open_run(folder: str | Path) -> Run:
     if not (folder / "recipe.yaml").is_file():
         raise UserError(f"{folder} is no run folder: it holds no recipe.yaml.")
     if not (folder / "model").is_dir():
-        raise UserError(f"The run {folder} has no model yet; continue it with `luthier tune {folder}/recipe.yaml --run {folder} --resume`.")
+        raise UserError(f"The run {folder} has no model yet; continue it with `luthier tune {folder} --resume`.")
     measures = folder / "measures.json"
     return Run(folder, Recipe.load(folder / "recipe.yaml"), json.loads(measures.read_text()) if measures.exists() else {})
 
@@ -87,27 +94,45 @@ def ask(run: str | Path, prompts: SequenceOf[str], max_new_tokens: int = 64) -> 
 def export(run: str | Path, form: str, out: str | Path | None = None) -> Path:
     """Write a run's model as "merged" (plain transformers), "adapter" (peft) or "gguf"."""
     from luthier.core.models import export_gguf, load, save_network
-
-    from luthier.core.stage import plain
+    from luthier.core.stage import merged
 
     opened = open_run(run)
     adapter = (opened.model_path / "adapter_config.json").is_file()
-    target = Path(out) if out else opened.folder / {"merged": "merged", "adapter": "adapter", "gguf": "model.gguf"}[form]
+    if form == "adapter" and not adapter:
+        raise ModelError("This run's result is a whole model, not an adapter; use --merged.")
+    target = _target(opened, form, out)
     if form == "adapter":
-        if not adapter:
-            raise ModelError("This run's result is a whole model, not an adapter; use --merged.")
         shutil.copytree(opened.model_path, target, dirs_exist_ok=True)
         return target
-    family = plain(load(opened.model_path))
+    family = merged(load(spec_of(opened.model_path, opened.recipe), device="cpu"))
     if form == "merged":
         save_network(family, target)
         return target
     whole = opened.folder / ".merged-for-gguf"
-    save_network(family, whole)
     try:
+        save_network(family, whole)
         return export_gguf(whole, target)
     finally:
         shutil.rmtree(whole, ignore_errors=True)
+
+
+def _target(opened: Run, form: str, out: str | Path | None) -> Path:
+    """Where an export goes: by default into the run, else a file or folder that holds nothing yet."""
+    if out is None:
+        return opened.folder / {"merged": "merged", "adapter": "adapter", "gguf": "model.gguf"}[form]
+    target = Path(out).expanduser()
+    if form == "gguf" and target.is_dir():
+        return target / "model.gguf"
+    if form != "gguf" and target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"{target} already holds something; name a new or an empty folder with --out.")
+    return target
+
+
+def spec_of(path: Path, recipe: Recipe) -> Any:
+    """How a model that a run wrote is loaded: with the options of the model that it started from."""
+    start = recipe.model_spec()
+    options = {k: start[k] for k in ("dtype", "attention", "trust_remote_code") if k in start} if isinstance(start, Mapping) else {}
+    return {"id": str(path), **options} if options else path
 
 
 # -- the run itself ------------------------------------------------------------------------------------------------------
@@ -121,6 +146,7 @@ class _Runner:
         self.models: dict[str, Any] = {}
         self.store: dict[str, Any] = {}
         self.facts: list[dict[str, Any]] = []
+        self.loaded: list[tuple[Data, dict[str, Rows]]] = []
         self.run = Run(folder, recipe)
 
     def say(self, sentence: str = "") -> None:
@@ -128,19 +154,19 @@ class _Runner:
             print(sentence, flush=True)
 
     def go(self, resume: bool, notices: list[str]) -> Run:
-        from luthier.core.rows import load_streams
-
         started = time.monotonic()
         if self.recipe.train.threads:
             import torch
 
             torch.set_num_threads(self.recipe.train.threads)
-        self.streams = load_streams(self.recipe.data.to_dict(), base=self.recipe.base, tell=self.say)
-        self._write_about(notices)
+        self.streams = self._streams(self.recipe)
         start = self.recipe.model_spec()
         self.models = {name: self._lazy(self.recipe.model_spec(name)) for name in self.recipe.models}
         self.models["base"] = self._lazy(start)
+        for notice in notices:
+            self.say(notice)
         self._preflight(start)
+        self._write_about(resume)
         self._measure("before", start, resume)
         last = start
         for number, (entry, anew) in enumerate(self._entries()):
@@ -151,6 +177,16 @@ class _Runner:
         self._measure("after", self.folder / "model", resume)
         self._report(time.monotonic() - started)
         return self.run
+
+    def _streams(self, recipe: Recipe) -> dict[str, Rows]:
+        """A recipe's rows; those of a stage that names no data of its own are the run's."""
+        from luthier.core.rows import load_streams
+
+        known = next((streams for data, streams in self.loaded if _same(data, recipe.data)), None)
+        if known is None:
+            known = load_streams(recipe.data.to_dict(), base=recipe.base, tell=self.say)
+            self.loaded.append((recipe.data, known))
+        return known
 
     def _entries(self) -> list[tuple[StageEntry, bool]]:
         """The recipe's stages, and whether each starts from the run's own model. One whose selector wants several rounds becomes a
@@ -172,7 +208,7 @@ class _Runner:
 
     def _stage(self, recipe: Recipe, folder: Path, start: Any, resume: bool, turn: int = 0) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
-        stage = Stage(recipe, folder, start, self.streams, self.models, seed_of(recipe.train.seed, folder.name) if turn else recipe.train.seed,
+        stage = Stage(recipe, folder, self._spec(start), self._streams(recipe), self.models, seed_of(recipe.train.seed, folder.name) if turn else recipe.train.seed,
                       turn, self.store, not self.quiet, self.say, self._inner)  # fmt: skip
         path = stage.run(resume)
         self.store = stage.store
@@ -186,7 +222,12 @@ class _Runner:
 
         from luthier.core.stage import frozen
 
-        return spec.frozen_copy() if hasattr(spec, "network") else lambda: frozen(load(spec, device=self.recipe.train.device))
+        if hasattr(spec, "network"):
+            return spec.frozen_copy()
+        return lambda: frozen(load(self._spec(spec), device=self.recipe.train.device))
+
+    def _spec(self, model: Any) -> Any:
+        return spec_of(model, self.recipe) if isinstance(model, Path) else model
 
     def _loop(self, number: int, entry: Any, start: Any, resume: bool) -> Path:
         """Stages that repeat, each round from the round before or anew from the loop's start."""
@@ -210,7 +251,8 @@ class _Runner:
         if match is None:
             raise RecipeError(f"The loop's 'until: {condition}' is not understood; write e.g. 'task/exact_match >= 0.9'.")
         name, sign, bound = match[1], match[2], float(match[3])
-        found = {f"{m}/{k}": v for m, part in self._measured(model).items() for k, v in part["numbers"].items()}
+        rows = self.streams.get("val", self.streams.get("test"))
+        found = {f"{m}/{k}": v for m, part in self._measured(model, rows=rows).items() for k, v in part["numbers"].items()}
         if name not in found:
             raise RecipeError(f"The loop's 'until' names '{name}', which no measure gives. There are: {', '.join(sorted(found))}.")
         value = found[name]
@@ -239,22 +281,24 @@ class _Runner:
             checkpoint.replace_text(path, json.dumps(known, indent=1))
         self.run.measures = known
 
-    def _measured(self, model: Any, when: str = "after") -> dict[str, Any]:
+    def _measured(self, model: Any, when: str = "after", rows: Rows | None = None) -> dict[str, Any]:
+        """What the recipe's measures find, on the test rows or on those given in their place."""
         from luthier.core.models import load
         from luthier.core.stage import plain
 
-        family = model if hasattr(model, "network") else plain(load(model, device=self.recipe.train.device))
+        family = model if hasattr(model, "network") else plain(load(self._spec(model), device=self.recipe.train.device))
+        streams = dict(self.streams) if rows is None else {**self.streams, "test": rows}
         if when == "after":
             family = _decoded(self.recipe, family, self.models)
         models = {"stage": self.models["base"], **self.models}
-        ctx = Context(family, self.recipe.train.seed, dict(self.streams), models, self.recipe.build_helpers(), self.folder, train_on=self.recipe.data.train_on, tell=self.say)
+        ctx = Context(family, self.recipe.train.seed, streams, models, self.recipe.build_helpers(), self.folder, train_on=self.recipe.data.train_on, tell=self.say)
         found: dict[str, Any] = {}
         for choice in self.recipe.measure:
             method = choice.build()
             if family.kind not in method.families or (when == "before" and method.compares):
                 continue
             with family.evaluating():
-                result = method.measure(family, self.streams.get("test"), ctx)
+                result = method.measure(family, streams.get("test"), ctx)
             found[choice.method] = json.loads(json.dumps(vars(result), default=_jsonable))
         return found
 
@@ -266,21 +310,19 @@ class _Runner:
         for line in before_training(start, self.streams.get("train"), self.recipe):
             self.say(line)
 
-    def _write_about(self, notices: list[str]) -> None:
+    def _write_about(self, resume: bool) -> None:
         import torch
         import transformers
 
         import luthier
 
-        for notice in notices:
-            self.say(notice)
-        (self.folder / "recipe.yaml").write_text(self.recipe.to_yaml(), encoding="utf-8")
+        _write_recipe(self.folder, self.recipe, self.say if resume else None)
         about = {
             "luthier": luthier.__version__, "torch": torch.__version__, "transformers": transformers.__version__, "python": platform.python_version(),
             "threads": torch.get_num_threads(), "machine": platform.machine(), "seed": self.recipe.train.seed,
             "data": {name: {"rows": len(rows), "fingerprint": rows.fingerprint, "source": rows.source, "aside": len(rows.aside)} for name, rows in self.streams.items()},
         }  # fmt: skip
-        (self.folder / "about.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
+        checkpoint.replace_text(self.folder / "about.json", json.dumps(about, indent=1))
 
     def _report(self, seconds: float) -> None:
         from luthier.report import plain_report
@@ -289,6 +331,26 @@ class _Runner:
         (self.folder / "report.txt").write_text(text, encoding="utf-8")
         (self.folder / "report.json").write_text(json.dumps(facts, indent=1, default=_jsonable), encoding="utf-8")
         self.say("\n" + text)
+
+
+def _write_recipe(folder: Path, recipe: Recipe, tell: Callable[[str], None] | None = None) -> None:
+    """The resolved recipe, in one step. `tell`: hears when a run goes on with another recipe."""
+    path, text = folder / "recipe.yaml", recipe.to_yaml()
+    if tell is not None and path.exists() and path.read_text(encoding="utf-8") != text:
+        tell("The recipe is not the one that this run began with; from here on the new one holds.")
+    checkpoint.replace_text(path, text)
+
+
+def _same(a: Data, b: Data) -> bool:
+    """Whether two recipes read the same rows in the same way. Rows in memory are compared by identity."""
+    mine, theirs = a.to_dict(), b.to_dict()
+
+    def same(x: Any, y: Any) -> bool:
+        if isinstance(x, list) and isinstance(y, list) and len(x) == len(y):
+            return all(u is v or (isinstance(u, str) and u == v) for u, v in zip(x, y))
+        return x is y or (isinstance(x, (str, int, float, dict)) and type(x) is type(y) and x == y)
+
+    return mine.keys() == theirs.keys() and all(same(mine[k], theirs[k]) for k in mine)
 
 
 def _decoded(recipe: Recipe, family: Any, models: Mapping[str, Any]) -> Any:
@@ -300,6 +362,7 @@ def _decoded(recipe: Recipe, family: Any, models: Mapping[str, Any]) -> Any:
     from luthier.core.models import load
 
     others = dict(models) or {name: functools.partial(load, recipe.model_spec(name)) for name in recipe.models}
+    others.setdefault("base", functools.partial(load, recipe.model_spec()))
     ctx = Context(family, recipe.train.seed, models=others)
     return recipe.decode[0].build().wrap({"model": family}, ctx)
 
@@ -311,8 +374,14 @@ def _search(recipe: Recipe, folder: Path, resume: bool, quiet: bool) -> Recipe:
     if not recipe.space:
         raise RecipeError("A search needs `space:`, recipe keys with their choices, e.g. `space: {adapt.rank: [4, 16], optimize.lr: [1e-4, 1e-3]}`.")
 
+    # The choice is made on validation rows, so that the test rows still tell what it is worth.
+    scored_on = {"data.test": recipe.data.streams["val"]} if "val" in recipe.data.streams else {}
+    if not scored_on and not quiet:
+        print("There are no validation rows, so trials are compared on the test rows; add `data: {val: FILE}` for an honest result.")
+    _write_recipe(folder, recipe)
+
     def trial(point: Mapping[str, Any]) -> dict[str, float]:
-        candidate = recipe.without("search").with_values(point)
+        candidate = recipe.without("search", "space").with_values({**point, **scored_on})
         where = folder / "trials" / f"{seed_of(candidate.to_yaml()):016x}"
         done = tune(candidate, where, resume=True, quiet=True)
         facts = json.loads((where / "report.json").read_text())

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -81,7 +82,7 @@ class Classifies(Base):
             return None
         if any(isinstance(v, (list, tuple)) or (hasattr(v, "ndim") and v.ndim == 1) for v in given):
             return self._soft(given)
-        if any(isinstance(v, float) for v in given):
+        if any(isinstance(v, (float, np.floating)) for v in given):
             return torch.tensor([float("nan") if v is None else float(v) for v in given])
         return torch.tensor([UNLABELLED if v is None else self._label_id(v, i) for i, v in enumerate(given)])
 
@@ -105,9 +106,13 @@ class Classifies(Base):
 
     # new tasks ----------------------------------------------------------------------------------------------------------
     def fit_to(self, rows: SequenceOf[Mapping[str, Any]], seed: int = 0) -> bool:
-        """Give the model a head for these rows' labels if it has none that knows them; whether it did."""
+        """Give the model a head for these rows' labels if it has none that knows them; whether it did.
+
+        A head with more classes than the rows happen to hold is kept: they may be a part of its task."""
         wanted = classes_of(rows)
-        return False if wanted is None else self.ensure_classes(wanted, seed)
+        if wanted is None or (isinstance(wanted, int) and self.has_classes and wanted <= len(self.labels)):
+            return False
+        return self.ensure_classes(wanted, seed)
 
     def ensure_classes(self, classes: int | SequenceOf[str], seed: int = 0) -> bool:
         """A head for `classes` (a number, or the labels' names): the one at hand if it fits, else a fresh seeded one.
@@ -150,13 +155,13 @@ class Classifies(Base):
 def classes_of(rows: SequenceOf[Mapping[str, Any]]) -> int | list[str] | None:
     """How many classes, or which names, the rows' labels need; None where no row has a class label."""
     values = [v for v in (row.get("label") for row in rows) if v is not None]
-    if not values or any(isinstance(v, float) for v in values):
+    if not values or any(isinstance(v, (float, np.floating)) for v in values):
         return None
     if any(isinstance(v, str) for v in values):
         return sorted({str(v) for v in values})
     if any(hasattr(v, "__len__") for v in values):
         return len(values[0])
-    return int(max(values)) + 1
+    return max(2, int(max(values)) + 1)  # one class alone would be regression to transformers
 
 
 def _found(network: nn.Module) -> Any:

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -91,17 +91,27 @@ class Journal:
             print(f"{self.label}: step {line['step']} of {self._steps}, loss {loss}, {speed} tokens/s", flush=True)
 
 
-def _start_trackers(names: tuple[str, ...], path: Path | None, config: dict[str, Any]) -> list[Any]:
-    """Accelerate's trackers, by name."""
+def check_trackers(names: Iterable[str]) -> None:
+    """Refuse trackers that are not installed, before anything is computed."""
     if not names:
-        return []
-    from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
+        return
+    from accelerate.tracking import get_available_trackers
 
-    available = {str(t) for t in get_available_trackers()}
-    started = []
+    available = {str(getattr(t, "value", t)) for t in get_available_trackers()}
     for name in names:
         if name not in available:
             raise RecipeError(f"The tracker '{name}' is not installed: pip install {name}. Or leave train.tracker empty; metrics.jsonl is always written.")
+
+
+def _start_trackers(names: tuple[str, ...], path: Path | None, config: dict[str, Any]) -> list[Any]:
+    """Accelerate's trackers, by name."""
+    check_trackers(names)
+    if not names:
+        return []
+    from accelerate.tracking import LOGGER_TYPE_TO_CLASS
+
+    started = []
+    for name in names:
         kind = LOGGER_TYPE_TO_CLASS[name]
         folder = path.parent if path is not None else Path()
         tracker = kind("luthier", logging_dir=folder) if kind.requires_logging_directory else kind("luthier")

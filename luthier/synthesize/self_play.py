@@ -48,6 +48,7 @@ class SelfPlay(Synthesizer):
     report: dict[str, Any] = field(default_factory=dict, init=False)
 
     needs = frozenset({"generation"})
+    columns = (frozenset({"prompt", "completion"}), frozenset({"messages"}))
     families = frozenset({"causal-lm"})
     toy = {"max_new_tokens": 4}
 
@@ -86,7 +87,9 @@ def _supervised(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     from luthier.core.rows import answer_of, prompt_text
 
     made = []
-    for row in rows:
+    for i, row in enumerate(rows):
+        if answer_of(row) is None or "anchor" in row:
+            raise DataError(f"self-play needs rows with a prompt and its right answer; row {i} has {', '.join(sorted(row))}.")
         if "completion" in row and "prompt" in row:
             made.append(row)
         else:

@@ -43,7 +43,11 @@ BODIES = {
         return made
 ''',
     "adapt": '''    def attach(self, model, ctx=None) -> Parts:
-        return Parts([Group("body", {function}(model.network))])
+        model.network.requires_grad_(False)
+        trained = {function}(model.network)
+        for param in trained.values():
+            param.requires_grad_()
+        return Parts([Group("body", trained)])
 ''',
     "objective": '''    scale: float = 1.0
     """Multiplies the loss."""
@@ -122,11 +126,12 @@ def _class(function: str) -> str:
 def _method(axis: str, name: str, function: str) -> str:
     base, _, imported = BASES[axis]
     arguments, returns, said, body = FUNCTIONS[axis]
-    extra = {"objective": "from luthier.core.loss import Loss\n", "adapt": "from luthier.core.plugin import Group, Parts\n"}.get(axis, "")
+    extra = {"objective": "from luthier.core.loss import Loss", "adapt": "from luthier.core.plugin import Group, Parts"}.get(axis)
+    own = "\n".join(sorted(line for line in ("from luthier.catalog import register", extra, imported) if line))
     third = IMPORTS.get(axis, "")
     return (
         f'"""What this is, in a line: the method and where it comes from."""\n\nfrom __future__ import annotations\n\nfrom dataclasses import dataclass\n\n'
-        f"{third}{chr(10) if third else ''}from luthier.catalog import register\n{extra}{imported}\n\n\n"
+        f"{third}{chr(10) if third else ''}{own}\n\n\n"
         f'def {function}({arguments}) -> {returns}:\n    """{said}"""\n    {body}\n\n\n'
         f'@register("{name}")\n@dataclass\nclass {_class(function)}({base}):\n    """The idea in one or two plain sentences; they are shown in listings.\n\n'
         f'    Then the formula, what it needs, where its defaults come from."""\n\n' + BODIES[axis].format(function=function)

@@ -202,12 +202,14 @@ def test_labels_by_name_and_what_is_wrong_with_them():
 def test_classes_of_rows():
     assert classes_of([{"label": "b"}, {"label": "a"}, {"label": "b"}]) == ["a", "b"]
     assert classes_of([{"label": 0}, {"label": 4}]) == 5
-    assert classes_of([{"label": 0.5}]) is None and classes_of([{"text": "x"}]) is None
+    assert classes_of([{"label": 0}]) == 2 and classes_of([{"label": [0.1, 0.9, 0.0]}]) == 3
+    assert not tiny_vit(classes=3).fit_to([{"label": 1}]) and not tiny_vit(classes=3).fit_to([{"text": "x"}])
+    assert classes_of([{"label": 0.5}]) is None and classes_of([{"label": np.float32(0.5)}]) is None and classes_of([{"text": "x"}]) is None
 
 
 @pytest.mark.parametrize("make", [tiny_bert, lambda: tiny_bert(classes=2), tiny_vit])
 def test_a_fresh_head_is_seeded_and_leaves_the_body(make, tmp_path):
-    family, twin, other = make(), make(), make()
+    family, twin, other = (make() for _ in range(3))
     rng = torch.get_rng_state()
     assert all([family.fit_to([{"label": "x"}, {"label": "y"}, {"label": "z"}, {"label": "q"}], seed=3), twin.ensure_classes(["q", "x", "y", "z"], seed=3), other.ensure_classes(4, seed=4)])
     assert torch.equal(rng, torch.get_rng_state())

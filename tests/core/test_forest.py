@@ -227,7 +227,17 @@ def test_options_share_their_prompt_and_equal_scoring_each_alone():
         for candidate, value in zip(candidates, values):
             ids = [*prompt, *candidate]
             (logp,) = alone(family, [sequence(ids, [i >= len(prompt) for i in range(len(ids))])])
-            assert float(value) == pytest.approx(float(logp.sum()), rel=1e-5)
+            assert float(value) == pytest.approx(float(logp.detach().sum()), rel=1e-5)
+
+
+def test_embeddings_are_means_over_each_rows_own_tokens():
+    family = model("llama-grouped-tied")
+    rows = [[5, 6, 7, 8, 9], [5, 6, 7, 10], [11]]
+    with torch.no_grad():
+        found = family.embed(rows)
+        for ids, vector in zip(rows, found):
+            hidden = family.network.model(input_ids=torch.tensor([ids]), use_cache=False).last_hidden_state[0]
+            torch.testing.assert_close(vector, hidden.mean(0).float())
 
 
 def test_refuses_no_sequences():

@@ -275,6 +275,21 @@ def test_answers_do_not_depend_on_their_batch_or_on_the_models_own_defaults():
     assert family.network.generation_config.repetition_penalty == 5.0
 
 
+@pytest.mark.parametrize("kind", ["PromptTuningConfig", "PrefixTuningConfig"])
+def test_prompt_vectors_are_part_of_generation(kind):
+    import peft
+
+    family = tiny_llama()
+    torch.manual_seed(0)
+    family.network = peft.get_peft_model(family.network, getattr(peft, kind)(task_type="CAUSAL_LM", num_virtual_tokens=3)).eval()
+    ids = torch.tensor([[5, 6, 7]])
+    ((answer,),) = family.generate(ids.tolist(), Decode(max_new_tokens=5))
+    with torch.no_grad():
+        for _ in range(len(answer.ids)):
+            ids = torch.cat([ids, family.network(input_ids=ids, use_cache=False).logits[:, -1:].argmax(-1)], 1)
+    assert answer.ids.tolist() == ids[0, 3:].tolist()
+
+
 def test_sampling_gives_n_answers_and_stops_at_end_tokens():
     family = tiny_llama()
     torch.manual_seed(0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from luthier.adapt import Adapter
+from luthier.core import checkpoint
 from luthier.core.batch import Batch, Sequence
 from luthier.core.context import Context
 from luthier.core.engine import Engine, Plan
@@ -61,6 +63,12 @@ def gradients(family: Any, value: Tensor) -> list[Tensor]:
     family.network.zero_grad()
     value.backward()
     return [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in family.network.parameters()]
+
+
+def through_checkpoint(state: Any) -> Any:
+    """A plug-in's state as a resumed run gets it back: json and tensors."""
+    tensors: dict[str, Tensor] = {}
+    return checkpoint.unpack(json.loads(json.dumps(checkpoint.pack(state, tensors))), tensors)
 
 
 class Everything(Adapter):

@@ -10,7 +10,6 @@ import torch
 import torch.nn.functional as F
 from scipy import stats
 
-from luthier.core import checkpoint
 from luthier.core.batch import Batch
 from luthier.core.context import Context
 from luthier.errors import DataError, RecipeError
@@ -18,7 +17,7 @@ from luthier.objective._shared import AnchorScheduler
 from luthier.objective.adpo import ADPO, adaptive_tau, adpo, soft_target
 from luthier.objective.dpo import DPO, dpo
 from tests.helpers import tiny_llama
-from tests.objective.lm_batches import batch_of, engine, gradients, logps_of, random_pairs, sequence
+from tests.objective.lm_batches import batch_of, engine, gradients, logps_of, random_pairs, sequence, through_checkpoint
 
 LISTS = [{"prompt": "w1 w2", "responses": ["w3", "w4 w5", "w6 w7 w8"], "scores": [0.1, 2.0, -1.0]}, {"prompt": "w9", "responses": ["w3", "w4"], "scores": [1.0, 1.0]}]
 
@@ -201,7 +200,7 @@ def test_anchor_scheduler_follows_its_rule():
 
 
 @pytest.mark.parametrize("anchor", ["periodic", "ema"])
-def test_moving_anchors_score_with_their_own_weights_and_resume(anchor, tmp_path):
+def test_moving_anchors_score_with_their_own_weights_and_resume(anchor):
     family = tiny_llama()
     start = family.frozen_copy()
     rows = [{"prompt": "w1 w2", "chosen": "w3 w4", "rejected": "w5"}, {"prompt": "w6", "chosen": "w3", "rejected": "w7 w8"}]
@@ -223,9 +222,8 @@ def test_moving_anchors_score_with_their_own_weights_and_resume(anchor, tmp_path
         assert float(moved.detach()) != float(fixed.detach())
     assert all(torch.equal(p, w) for p, w in zip(family.network.parameters(), weights))
     assert all(p.requires_grad for p in family.network.parameters())
-    path = checkpoint.save(tmp_path, 1, {"p": method.state_dict()})
     again = ADPO(anchor=anchor, anchor_every=100)
-    again.load_state_dict(checkpoint.load(path)["p"])
+    again.load_state_dict(through_checkpoint(method.state_dict()))
     again._params = method._params
     assert float(again.loss(family, batch, ctx).mean().detach()) == float(moved.detach())
 

@@ -11,14 +11,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from luthier.core import checkpoint
 from luthier.core.batch import Batch
 from luthier.core.context import Context
 from luthier.errors import DataError, RecipeError, UserError
 from luthier.objective._shared import preference
 from luthier.objective.dpo import DPO, dpo
 from tests.helpers import tiny_llama
-from tests.objective.lm_batches import batch_of, gradients, logps_of, random_pairs, sequence
+from tests.objective.lm_batches import batch_of, gradients, logps_of, random_pairs, sequence, through_checkpoint
 
 
 def trl_loss(token_logps, ref_logps, mask, link, beta, smoothing):
@@ -168,7 +167,7 @@ def test_ipo_class_uses_token_means():
     torch.testing.assert_close(DPO(beta=0.2, link="ipo").loss(family, batch, ctx).mean(), expected, atol=1e-4, rtol=1e-5)
 
 
-def test_reference_is_scored_once_and_travels_in_checkpoints(tmp_path):
+def test_reference_is_scored_once_and_travels_in_checkpoints():
     family, start = tiny_llama(), tiny_llama(seed=3)
     calls = []
     score = start.score
@@ -178,9 +177,8 @@ def test_reference_is_scored_once_and_travels_in_checkpoints(tmp_path):
     again = method.loss(family, batch.take([2, 0, 1]), ctx).mean().detach()
     torch.testing.assert_close(first, again)
     assert calls == [6]
-    path = checkpoint.save(tmp_path, 1, {"p": method.state_dict()})
     other = DPO()
-    other.load_state_dict(checkpoint.load(path)["p"])
+    other.load_state_dict(through_checkpoint(method.state_dict()))
     assert float(other.loss(family, batch, Context(family, models={"stage": start})).mean().detach()) == float(first)
     assert calls == [6]
     # other contents under the same row ids, and touched batches, are scored afresh

@@ -1,0 +1,90 @@
+import numpy as np
+import pytest
+
+from luthier.core.context import Context
+from luthier.core.rows import Rows
+from luthier.errors import DataError, RecipeError
+from luthier.select.mig import MIG, mig, propagation_matrix
+from tests.helpers import tiny_llama
+
+
+def dense(tags, quality, budget, graph=None, power=0.8, smoothing=1e-6, exact=False):
+    """The release's greedy, one matrix-vector product a pick."""
+    x = np.asarray(tags, float) * np.asarray(quality)[:, None]
+    x = x if graph is None else x @ graph
+    total, used, picks, values = np.zeros(x.shape[1]), np.zeros(len(x), bool), [], []
+    phi = lambda z: (z + smoothing) ** power  # noqa: E731
+    for _ in range(budget):
+        gain = (phi(total + x) - phi(total)).sum(1) if exact else x @ (power * (total + smoothing) ** (power - 1))
+        gain = np.where(used, -np.inf, gain)
+        picks.append(int(np.flatnonzero(gain >= gain.max() - 1e-9 * abs(gain.max()))[0]))
+        used[picks[-1]] = True
+        total += x[picks[-1]]
+        values.append(phi(total).sum())
+    return np.array(picks), total, values
+
+
+def pool(n=300, tags=25, seed=0):
+    rng = np.random.default_rng(seed)
+    matrix = np.zeros((n, tags))
+    for i in range(n):
+        matrix[i, rng.choice(tags, rng.integers(1, 4), replace=False)] = 1
+    return matrix, rng.uniform(0.1, 1, n), rng.normal(size=(tags, 4))
+
+
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("connected", [False, True])
+def test_picks_are_those_of_the_dense_greedy(exact, connected):
+    matrix, quality, vectors = pool()
+    graph = propagation_matrix(vectors, 0.7, 0.6).toarray() if connected else None
+    wanted, total, values = dense(matrix, quality, 60, graph, exact=exact)
+    got, facts = mig(matrix, quality, 60, vectors if connected else None, threshold=0.7, propagation=0.6, gain="exact" if exact else "gradient", with_info=True)
+    assert np.array_equal(got, wanted)
+    assert np.allclose(facts["information"], total)
+    assert all(b >= a for a, b in zip(values, values[1:]))
+
+
+def test_columns_of_the_graph_are_normalised():
+    vectors = np.array([[1.0, 0.0], [0.95, 0.3], [0.0, 1.0]])
+    unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    w = np.where(unit @ unit.T >= 0.9, 0.5 * (unit @ unit.T), 0)
+    np.fill_diagonal(w, 1)
+    assert np.allclose(propagation_matrix(vectors, 0.9, 0.5).toarray(), w / w.sum(0, keepdims=True))
+
+
+def test_equal_quality_and_one_tag_each_is_round_robin():
+    tags = [[t] for t in (0,) * 20 + (1,) * 10 + (2,) * 3]
+    for budget in (3, 7, 9, 15):
+        counts = np.bincount([tags[i][0] for i in mig(tags, np.ones(33), budget)], minlength=3)
+        supplied = np.minimum([20, 10, 3], counts.max())
+        assert (supplied - counts).max() <= 1
+
+
+def test_a_linear_phi_is_top_k_by_mass():
+    matrix, quality, _ = pool()
+    mass = matrix.sum(1) * quality
+    assert set(mig(matrix, quality, 40, power=1.0)) == set(np.argsort(-mass, kind="stable")[:40])
+
+
+def test_rows_without_tags_come_last_and_are_counted():
+    rows = [{"tags": ["a"], "q": 1.0}, {"tags": [], "q": 5.0}, {"tags": "b", "q": 0.5}, {"tags": None, "q": 1.0}]
+    picks = MIG(tags="tags", quality="q").select(rows, 2)
+    assert picks.indices.tolist() == [0, 2] and picks.why["without_tags"] == 2
+    assert len(MIG(tags="tags").select(rows, 4).indices) == 4
+
+
+def test_without_tags_clusters_of_embeddings_stand_in():
+    rows = Rows.of([{"prompt": f"w{i % 5}", "completion": "w9"} for i in range(20)])
+    picks = MIG(clusters=5).select(rows, 5, Context(tiny_llama()))
+    assert len({rows[int(i)]["prompt"] for i in picks.indices}) >= 4
+
+
+def test_bad_input():
+    with pytest.raises(RecipeError, match="power"):
+        MIG(power=1.5)
+    with pytest.raises(RecipeError, match="Did you mean 'tags'"):
+        MIG(tags="tgas").select([{"tags": ["a"]}], 1)
+    with pytest.raises(DataError, match="quality -1"):
+        mig([["a"]], [-1.0], 1)
+    with pytest.raises(DataError, match="2 rows of tags and 1 qualities"):
+        mig([["a"], ["b"]], [1.0], 1)
