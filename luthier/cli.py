@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; the exit code is 0, 2 for what the user can mend, 130 when stopped."""
     args = _parsed(sys.argv[1:] if arguments is None else list(arguments))
     try:
-        args.command(args)
+        with warnings.catch_warnings():
+            # What the libraries below say to their own developers helps nobody here.
+            warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft|accelerate|torch")
+            args.command(args)
         sys.stdout.flush()
     except UserError as error:
         again = getattr(args, "again", None) if isinstance(error, TrainingError) else None

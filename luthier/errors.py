@@ -25,6 +25,8 @@ class ModelError(UserError):
 class TrainingError(UserError):
     """A run that had to stop; what was saved stays."""
 
+    exit_code = 2
+
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """' Did you mean 'x'?' for the nearest known name, else the empty string."""

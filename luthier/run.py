@@ -219,7 +219,6 @@ class _Runner:
     def _lazy(self, spec: Any) -> Any:
         """A reference model: copied now if it exists in memory only, else loaded when it is asked for."""
         from luthier.core.models import load
-
         from luthier.core.stage import frozen
 
         if hasattr(spec, "network"):
@@ -317,6 +316,8 @@ class _Runner:
         import luthier
 
         _write_recipe(self.folder, self.recipe, self.say if resume else None)
+        if resume and (self.folder / "about.json").exists():
+            return  # it tells how the run began
         about = {
             "luthier": luthier.__version__, "torch": torch.__version__, "transformers": transformers.__version__, "python": platform.python_version(),
             "threads": torch.get_num_threads(), "machine": platform.machine(), "seed": self.recipe.train.seed,
@@ -337,7 +338,9 @@ def _write_recipe(folder: Path, recipe: Recipe, tell: Callable[[str], None] | No
     """The resolved recipe, in one step. `tell`: hears when a run goes on with another recipe."""
     path, text = folder / "recipe.yaml", recipe.to_yaml()
     if tell is not None and path.exists() and path.read_text(encoding="utf-8") != text:
-        tell("The recipe is not the one that this run began with; from here on the new one holds.")
+        earlier = next(p for i in range(1, 1000) if not (p := folder / f"recipe.{i}.yaml").exists())
+        path.rename(earlier)
+        tell(f"The recipe is not the one that this run began with; that one is kept as {earlier.name}.")
     checkpoint.replace_text(path, text)
 
 

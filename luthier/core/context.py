@@ -18,9 +18,8 @@ from luthier.core.store import Queue, RowTable, Store
 from luthier.errors import RecipeError, UserError, nearest
 
 if TYPE_CHECKING:
-    from luthier.core.rows import Rows
-
     from luthier.core.families import Decode, Family
+    from luthier.core.rows import Rows
 
 
 @dataclass

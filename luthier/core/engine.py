@@ -11,72 +11,29 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from luthier.core import checkpoint
+from luthier.core import guard
 from luthier.core.closure import Closure
 from luthier.core.context import Clock, Context, seed_of
+from luthier.core.feed import Feed
+from luthier.core.hooks import checkpoint_contexts
 from luthier.core.journal import Journal
 from luthier.core.loss import Loss, of
+from luthier.core.plan import Outcome, Plan, rate
 from luthier.core.plugin import Group, Parts, Plugin, Step, Turn, defines
 from luthier.core.resume import restore, stop_signals, write
 from luthier.core.rowscores import RowScores
-from luthier.errors import RecipeError, TrainingError
+from luthier.errors import RecipeError
 
 if TYPE_CHECKING:
     from luthier.core.batch import Batch
     from luthier.core.families import Family
     from luthier.recipe import Train
-
-
-@dataclass
-class Plan:
-    """What one stage trains with. `objectives` carry their weights; the order of `plugins` is the order of axes."""
-
-    model: Family
-    rows: Any
-    objectives: list[tuple[Any, float]]
-    optimizer: Any
-    adapters: list[Any] = field(default_factory=list)
-    selector: Any = None
-    others: list[Any] = field(default_factory=list)
-    """Compressors and measures that take part in the life cycle."""
-    measures: list[Any] = field(default_factory=list)
-    """Measures with `every` > 0."""
-
-    @property
-    def plugins(self) -> list[Plugin]:
-        """In the order in which hooks are called: select, adapt, objective, optimize, then the rest."""
-        first = [self.selector] if self.selector is not None else []
-        return [*first, *self.adapters, *(o for o, _ in self.objectives), self.optimizer, *self.others]
-
-
-@dataclass
-class Outcome:
-    """What a finished loop reports."""
-
-    steps: int
-    seconds: float
-    tokens: int
-    reason: str
-    losses: dict[str, float] = field(default_factory=dict)
-    peak_memory: int = 0
-    trained: int = 0
-    """Trained parameters."""
-
-
-def rate(train: Train, step: int, steps: int) -> float:
-    """The learning rate's share of its peak: linear warm-up, then the schedule. A function of the step alone."""
-    warm = train.warmup if train.warmup >= 1 else math.ceil(train.warmup * steps)
-    if step < warm:
-        return (step + 1) / warm
-    t = (step - warm) / max(1, steps - warm)
-    return {"constant": 1.0, "linear": 1 - t, "cosine": (1 + math.cos(math.pi * t)) / 2}[train.schedule]
 
 
 class Engine:
@@ -89,8 +46,7 @@ class Engine:
         self.identity = {"threads": torch.get_num_threads(), **(identity or {})}
         self.groups: list[Group] = []
         self.parts: dict[str, Parts] = {}
-        self.pending: list[list[int]] = []
-        self.epoch, self.tokens, self.seconds = -1, 0, 0.0
+        self.tokens, self.seconds = 0, 0.0
         self.stopping: signal.Signals | None = None
         self.ended: str | None = None
         """Why a plug-in ended the training before its last step."""
@@ -98,6 +54,7 @@ class Engine:
         """The step of the newest checkpoint."""
         self.saved_at = time.monotonic()
         self.lead = {hook: self._only(hook) for hook in ("turn", "rollout", "pick", "batches")}
+        self.feed = Feed(plan, train, ctx, self.lead["batches"], self.lead["pick"])
 
     def _only(self, hook: str) -> Plugin | None:
         found = [p for p in self.plan.plugins if defines(p, hook)]
@@ -130,7 +87,7 @@ class Engine:
                 param.requires_grad_(False)
         self.sync_groups()
         if self.train.gradient_checkpointing:
-            self.model.network.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            self.model.network.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False, "context_fn": checkpoint_contexts})
             if hasattr(self.model.network, "enable_input_require_grads"):
                 self.model.network.enable_input_require_grads()
         self.optimizer = self.plan.optimizer.build(self.groups, self.ctx)
@@ -182,57 +139,10 @@ class Engine:
             self.ctx.switch = off
 
     def _plan_length(self) -> None:
-        size = self._draw_size()
-        if self.train.steps is not None:
-            steps = self.train.steps
-        else:
-            per_epoch = len(self._epoch_batches(0)) if self.lead["batches"] else math.ceil(len(self.plan.rows) / size)
-            steps = max(1, round(per_epoch * self.train.epochs)) * max(1, self.train.reuse)
+        steps = self.train.steps
+        if steps is None:
+            steps = max(1, round(self.feed.batches_an_epoch() * self.train.epochs)) * max(1, self.train.reuse)
         self.ctx.clock = Clock(steps=steps, epochs=self.train.epochs)
-
-    def _draw_size(self) -> int:
-        lead = self.lead["pick"]
-        return max(1, round(self.train.batch * (lead.oversample if lead is not None else 1.0)))
-
-    # rows -----------------------------------------------------------------------------------------------------------
-    def _epoch_batches(self, epoch: int) -> list[list[int]]:
-        lead, size = self.lead["batches"], self._draw_size()
-        if lead is not None:
-            return [list(map(int, b)) for b in lead.batches(self.plan.rows, size, epoch, self.ctx)]
-        order = np.random.default_rng(seed_of(self.train.seed, "order", epoch)).permutation(len(self.plan.rows)).tolist()
-        return [order[i : i + size] for i in range(0, len(order), size)]
-
-    def _next_rows(self, turn: Turn) -> tuple[list[Any], np.ndarray]:
-        if turn.stream != "train":
-            picked = self.ctx.draw(turn.stream, self.train.batch)
-            return picked, np.arange(len(picked))
-        while not self.pending:
-            self.epoch += 1
-            self.ctx.clock.epoch = self.epoch
-            self.pending = self._epoch_batches(self.epoch)
-            if not self.pending:
-                raise TrainingError("There are no rows to train on.")
-        index = self.pending.pop(0)
-        ids = getattr(self.plan.rows, "ids", None)
-        return [self.plan.rows[i] for i in index], np.asarray(index if ids is None else ids[index], dtype=np.int64)
-
-    def _collate(self, rows: list[Any], ids: np.ndarray) -> dict[Any, tuple[list[tuple[Any, float]], Batch]]:
-        """One batch for every distinct way of collating, with the objectives that read it."""
-        made: dict[Any, tuple[list[tuple[Any, float]], Batch]] = {}
-        own = any(not o.default_loss for o, _ in self.plan.objectives)
-        default_used = False
-        for objective, weight in self.plan.objectives:
-            key = type(objective).collate
-            if key not in made:
-                batch = objective.collate(rows, ids, self.ctx)
-                if batch.weights is None and any("weight" in r for r in rows):
-                    batch.weights = torch.tensor([float(r.get("weight", 1.0)) for r in batch.rows])
-                made[key] = ([], batch)
-            speaks = not objective.default_loss or (not own and not default_used)
-            default_used |= objective.default_loss
-            if speaks:
-                made[key][0].append((objective, weight))
-        return made
 
     # one step ---------------------------------------------------------------------------------------------------------
     def run(self, resume: bool = False) -> Outcome:
@@ -243,39 +153,32 @@ class Engine:
         if resume:
             restore(self)
         started, clock = time.monotonic(), self.ctx.clock
-        last = Step(clock.step, self.epoch, self.model, self.groups, self.optimizer)
+        last = Step(clock.step, self.feed.epoch, self.model, self.groups, self.optimizer)
         with stop_signals(self), self.journal.progress(clock.steps, clock.step):
             while clock.step < clock.steps and not self.ended and not self.stopping:
-                epoch_before = self.epoch
+                epoch_before = self.feed.epoch
                 for step in self._draw_and_step():
                     last = step
-                if not self.pending and self.epoch >= epoch_before:
+                if not self.feed.pending and self.feed.epoch >= epoch_before:
                     self._each("after_epoch", last, self.ctx)
                 self.ended = next((r for p in self.plan.plugins if (r := p.stop(self.ctx))), None)
                 if not self.ended and not self.stopping:
                     self._maybe_save()
         self.seconds += time.monotonic() - started
-        self._refuse_broken_weights()
+        guard.weights(self)
         if self.folder is not None and self.train.save_every != 0 and self.saved != clock.step:
             self.save()
         if self.stopping:
-            raise self._stopped()
+            raise guard.stopped(self)
         trained = sum(p.numel() for g in self.groups for p in g.params.values())
         return Outcome(clock.step, self.seconds, self.tokens, self.ended or "all steps done", last.losses, self._peak(), trained)
-
-    def _stopped(self) -> TrainingError:
-        by = "Ctrl-C" if self.stopping == signal.SIGINT else "SIGTERM"
-        kept = "The checkpoint is written" if self.saved == self.ctx.clock.step else "No checkpoint was written, as train.save_every is 0"
-        error = TrainingError(f"Stopped by {by} after step {self.ctx.clock.step} of {self.ctx.clock.steps}. {kept}; continue with --resume.")
-        error.exit_code = 143 if self.stopping == signal.SIGTERM else 2  # type: ignore[attr-defined]
-        return error
 
     def _draw_and_step(self) -> Iterator[Step]:
         """Draw rows once and take one optimiser step on them, or `reuse` steps on one set of rollouts."""
         self.model.train()
         turn = self.lead["turn"].turn(self.ctx) if self.lead["turn"] else Turn()
-        rows, ids = self._next_rows(turn)
-        batches = self._collate(rows, ids)
+        rows, ids = self.feed.next(turn)
+        batches = self.feed.collate(rows, ids)
         for key, (objectives, batch) in batches.items():
             lead = self.lead["rollout"]
             if lead is not None and key is type(lead).collate:
@@ -297,9 +200,8 @@ class Engine:
 
     def _step(self, turn: Turn, rows: list[Any], batches: dict[Any, tuple[list[tuple[Any, float]], Batch]]) -> Step:
         clock, began = self.ctx.clock, time.monotonic()
-        self.ctx.logged.clear()
         lr = self.base_lr * rate(self.train, clock.step, clock.steps)
-        step = Step(clock.step, self.epoch, self.model, self.groups, self.optimizer, rows, lr=lr, turn=turn, samples=clock.samples)
+        step = Step(clock.step, self.feed.epoch, self.model, self.groups, self.optimizer, rows, lr=lr, turn=turn, samples=clock.samples)
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
         micro = self._micro_batches(batches)
@@ -357,13 +259,13 @@ class Engine:
             return
         if self.plan.optimizer.two_pass:
             closure = Closure(self.model, self.optimizer, passes, self._finish_gradient(step))
-            closure.check = lambda losses: self._refuse_nan(losses, step)
-            step.losses = self.plan.optimizer.step(self.optimizer, closure, self.ctx) or closure.first_losses
+            closure.check = lambda losses: guard.losses(self, losses, step)
+            self.plan.optimizer.step(self.optimizer, closure, self.ctx)
             step.losses = closure.first_losses
             return
         self.optimizer.zero_grad(set_to_none=True)
         step.losses = passes()
-        self._refuse_nan(step.losses, step)
+        guard.losses(self, step.losses, step)
         if self._finish_gradient(step)():
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -410,40 +312,12 @@ class Engine:
             norm = torch.nn.utils.get_total_norm([p.grad for p in params]) if params else torch.zeros(())
             step.grad_norm = float(norm)
             if not step.skip and not math.isfinite(step.grad_norm):
-                raise self._broken("The gradient is not a number", step)
+                raise guard.broken(self, "The gradient is not a number", step)
             if self.train.clip:
                 torch.nn.utils.clip_grads_with_norm_(params, self.train.clip, norm)
             return not step.skip
 
         return finish
-
-    def _refuse_nan(self, losses: dict[str, float], step: Step) -> None:
-        if all(math.isfinite(v) for v in losses.values()):
-            return
-        raise self._broken("The loss is not a number", step, " (" + ", ".join(f"{k} = {v}" for k, v in losses.items() if not math.isfinite(v)) + ")")
-
-    def _broken(self, what: str, step: Step, which: str = "") -> TrainingError:
-        """Training cannot go on. A checkpoint of the very weights that gave this is no good one, so it goes."""
-        self.optimizer.zero_grad(set_to_none=True)
-        rows = ", ".join(str(i) for b in step.micro_batches for i in b.ids.tolist())
-        return TrainingError(
-            f"{what} at step {step.number}{which}, on rows {rows}. {self._good_checkpoint()} "
-            f"Look at these rows, lower optimize.lr (now {step.lr:.2g}) or set train.clip, then run again with --resume."
-        )
-
-    def _good_checkpoint(self) -> str:
-        kept = checkpoint.before(self.folder / "checkpoints", self.ctx.clock.step) if self.folder else None
-        return f"The last good checkpoint is {kept.name}." if kept else "There is no good checkpoint yet."
-
-    def _refuse_broken_weights(self) -> None:
-        """No checkpoint and no model is written of weights that overflowed."""
-        for group in self.groups:
-            for name, param in group.params.items():
-                if not bool(torch.isfinite(param).all()):
-                    raise TrainingError(
-                        f"After step {self.ctx.clock.step} the weights are no longer finite numbers (the first is '{name}'). {self._good_checkpoint()} "
-                        f"Lower optimize.lr (now {self.base_lr:.2g}) or set train.clip, then run again with --resume."
-                    )
 
     def _each(self, hook: str, *args: Any) -> None:
         for plugin in self.plan.plugins:
@@ -451,7 +325,7 @@ class Engine:
 
     # records and checkpoints --------------------------------------------------------------------------------------------
     def _record(self, step: Step, tokens: int, seconds: float) -> None:
-        line = {"step": self.ctx.clock.step, "epoch": self.epoch, **step.losses, "grad_norm": step.grad_norm, "lr": step.lr,
+        line = {"step": self.ctx.clock.step, "epoch": self.feed.epoch, **step.losses, "grad_norm": step.grad_norm, "lr": step.lr,
                 "rows": sum(len(b) for b in step.micro_batches), "tokens_per_second": tokens / max(seconds, 1e-9), **self.ctx.logged}  # fmt: skip
         for measure in self.plan.measures:
             if measure.every and self.ctx.clock.step % measure.every == 0:
@@ -461,6 +335,8 @@ class Engine:
         if self.train.eval_every and self.ctx.clock.step % self.train.eval_every == 0 and self.ctx.has_rows("val"):
             line["val_loss"] = self.validate()
         self.journal.write(line, every=self.train.log_every)
+        self.ctx.logged.clear()
+        self.ctx.logged.clear()
 
     def validate(self) -> float:
         """The objectives' loss on the validation rows, without gradient."""
@@ -469,7 +345,7 @@ class Engine:
             for start in range(0, len(rows), self.train.batch):
                 part = [rows[i] for i in range(start, min(len(rows), start + self.train.batch))]
                 losses: dict[str, float] = {}
-                micro = self._micro_batches(self._collate(part, np.arange(len(part))), prepare=False)
+                micro = self._micro_batches(self.feed.collate(part, np.arange(len(part))), prepare=False)
                 for (objectives, batch, _), count in zip(micro, self._counts(micro)):
                     self._one_pass(objectives, batch, count, losses, grad=False)
                 total, number = total + losses.get("loss", 0.0) * len(part), number + len(part)
@@ -493,7 +369,7 @@ class Engine:
 
     def save(self) -> Path:
         """A checkpoint of everything that the rest of the run depends on."""
-        self._refuse_broken_weights()
+        guard.weights(self)
         path = write(self)
         self.saved, self.saved_at = self.ctx.clock.step, time.monotonic()
         return path

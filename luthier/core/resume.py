@@ -43,8 +43,8 @@ def write(engine: Engine) -> Path:
         "active": [g.active for g in engine.groups],
         "context": engine.ctx.state_dict(),
         "rng": checkpoint.rng_state(),
-        "pending": engine.pending,
-        "epoch": engine.epoch,
+        "pending": engine.feed.pending,
+        "epoch": engine.feed.epoch,
         "ended": engine.ended,
         "tokens": engine.tokens,
         "seconds": engine.seconds,
@@ -81,7 +81,7 @@ def restore(engine: Engine) -> None:
     except ValueError as error:
         raise _changed(f"the optimizer's state does not fit ({error})") from error
     engine.ctx.load_state_dict(state["context"])
-    engine.pending, engine.epoch, engine.ended = state["pending"], state["epoch"], state["ended"]
+    engine.feed.pending, engine.feed.epoch, engine.ended = state["pending"], state["epoch"], state["ended"]
     engine.saved = engine.ctx.clock.step
     engine.tokens, engine.seconds = state["tokens"], state["seconds"]
     engine.journal.cut(state["journal"])

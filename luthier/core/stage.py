@@ -280,7 +280,8 @@ class Stage:
 
     def _spec_of(self, name: str, ctx: Context) -> Any:
         if name in self.recipe.models or name == "base":
-            return self.recipe.model_spec(None if name == "base" else name)
+            spec = self.recipe.model_spec(None if name == "base" else name)
+            return ctx.model(name) if hasattr(spec, "network") else spec  # one in memory has been tuned in place; its copy was not
         return ctx.model(name) if ctx.has_model(name) else name
 
     # -- what the next stage continues from ------------------------------------------------------------------------------

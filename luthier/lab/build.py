@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import shutil
 import time
@@ -66,17 +67,17 @@ def with_values(mixture: list) -> list:
 
 def builds() -> dict[str, Build]:
     return {
-        "lm-s": Build(Plan(14_000_000), 1, run_text(MIXTURE_A), abilities.text_abilities),
+        "lm-s": Build(Plan(15_500_000), 1, run_text(MIXTURE_A), abilities.text_abilities),
         "lm-s.b": Build(Plan(14_000_000), 2, run_text(MIXTURE_A), abilities.text_abilities),
-        "lm-m": Build(Plan(16_000_000, rate=1.5e-3), 3, run_text(with_values(MIXTURE_A), (10, 120)), lambda m: abilities.text_abilities(m, filler=True)),
+        "lm-m": Build(Plan(12_000_000, rate=1.5e-3), 3, run_text(with_values(MIXTURE_A), (10, 120)), lambda m: abilities.text_abilities(m, filler=True)),
         "chat": Build(Plan(4_000_000, rate=1e-3, final_rate=5e-5), 4, _build_chat.run, _build_chat.measure, start="lm-s"),
-        "enc": Build(Plan(12_000_000), 5, _build_encoder.run, _build_encoder.measure, loads_with="AutoModelForMaskedLM"),
-        "vit": Build(Plan(700_000, rate=1e-3), 6, _build_vision.run, _build_vision.measure, loads_with="AutoModelForImageClassification"),
+        "enc": Build(Plan(8_000_000), 5, _build_encoder.run, _build_encoder.measure, loads_with="AutoModelForMaskedLM"),
+        "vit": Build(Plan(500_000, rate=1e-3), 6, _build_vision.run, _build_vision.measure, loads_with="AutoModelForImageClassification"),
     }
 
 
 def ship(name: str, model: torch.nn.Module, measured: dict[str, float], state: State, seed: int) -> Path:
-    """fp16 weights, configuration, tokenizer and the card."""
+    """fp16 weights, configuration, tokenizer and the card, written beside the old folder and then put in its place."""
     folder, made = WEIGHTS / name, WEIGHTS / f".{name}"
     shutil.rmtree(made, ignore_errors=True)
     made.mkdir(parents=True)
@@ -92,9 +93,8 @@ def ship(name: str, model: torch.nn.Module, measured: dict[str, float], state: S
 
 def write_half(model: torch.nn.Module, folder: Path) -> None:
     """Save a half-precision copy; the model itself stays as it is."""
-    import copy
-
     copy.deepcopy(model).half().save_pretrained(str(folder))
+    (folder / "model.safetensors").chmod(0o644)
 
 
 def round_trip(model: torch.nn.Module) -> torch.nn.Module:

@@ -150,6 +150,11 @@ def named_column(rows: Any, name: str) -> list[Any]:
     return found
 
 
+def has_column(rows: Any, name: str) -> bool:
+    """Whether some row has this column."""
+    return name in rows if isinstance(rows, dict) else any(name in row for row in _head(rows))
+
+
 def _head(rows: Any) -> list[Any]:
     return [rows[i] for i in range(min(50, len(rows)))]
 

@@ -16,7 +16,7 @@ from luthier.catalog import register
 from luthier.core.neighbours import kmeans
 from luthier.errors import DataError, RecipeError
 from luthier.select import Picks, Selector, budget_of
-from luthier.select._shared import count, embeddings, generator, lazy_greedy, named_column, numbers
+from luthier.select._shared import count, embeddings, generator, has_column, lazy_greedy, named_column, numbers
 
 if TYPE_CHECKING:
     from luthier.core.context import Context
@@ -127,9 +127,8 @@ class _Pool:
         self.first = np.flatnonzero(np.diff(group, prepend=-1)) if len(group) else np.zeros(0, np.int64)
         self.end = np.append(self.first[1:], len(group))
         self.groups = len(self.first)
-        # candidates of like weight and like tags share a block, so that few blocks are near the top at any time
-        first_rows = self.rows[self.first]
-        arranged = _arrange(incidence, weight, first_rows)
+        # heavy candidates share a block, so that few blocks are near the top at any time
+        arranged = np.argsort(-weight[self.rows[self.first]], kind="stable")
         self.first, self.end = self.first[arranged], self.end[arranged]
         self.group_of = np.zeros(len(weight), dtype=np.int64)
         self.head = self.rows[self.first] if self.groups else np.zeros(0, np.int64)
@@ -150,6 +149,7 @@ class _Pool:
         low, high = block * BLOCK, min((block + 1) * BLOCK, self.groups)
         weight = self.weight[low:high]
         gains = self._exact(low, high) if self.exact else self._first_order(low, high) * weight
+        gains = _rounded(gains)
         gains[weight == 0] = -np.inf
         top = gains.max()
         if top == -np.inf:
@@ -193,6 +193,12 @@ class _Pool:
         self.reach[changed] = np.add.reduceat(self.graph.data[at] * self.slope[self.graph.indices[at]], offsets)
 
 
+def _rounded(gains: np.ndarray) -> np.ndarray:
+    """To 40 bits, so that sums which are equal but for the order of their terms tie. Rounding keeps order, hence lazy bounds hold."""
+    bits = np.maximum(gains, 0.0).view(np.int64)
+    return ((bits + 2048) & ~np.int64(4095)).view(np.float64)
+
+
 def _segments(indptr: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Positions of some rows' entries in a compressed matrix, and where each row's begin among them."""
     length = indptr[rows + 1] - indptr[rows]
@@ -213,12 +219,6 @@ def _same_tags(incidence: sparse.csr_matrix, rows: np.ndarray) -> np.ndarray:
         if np.array_equal(same.indptr, sub.indptr) and np.array_equal(same.indices, sub.indices):
             return group
     raise RuntimeError("Tag sets could not be told apart.")
-
-
-def _arrange(incidence: sparse.csr_matrix, weight: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    if len(rows) <= BLOCK:
-        return np.arange(len(rows))
-    return np.argsort(-weight[rows], kind="stable")
 
 
 def _when_saturated(chosen: np.ndarray, gains: np.ndarray, weight: np.ndarray) -> np.ndarray:
@@ -290,7 +290,7 @@ class MIG(Selector):
     tags: str | None = None
     """Column with each row's tags (a list, or one tag); empty: clusters of embeddings."""
     quality: str | None = None
-    """Column with each row's quality; empty: all alike."""
+    """Column with each row's quality; `loss`: 1 / perplexity under the run's model, where no column has that name; empty: all alike."""
     tag_embeddings: str | None = None
     """A json file {tag: vector}; empty: no tag is near another (clusters: their centres)."""
     threshold: float = 0.9
@@ -326,7 +326,7 @@ class MIG(Selector):
     def select(self, rows: Any, budget: int | float | str, ctx: Context | None = None) -> Picks:
         n = count(rows)
         wanted = budget_of(budget, n)
-        quality = np.ones(n) if self.quality is None else numbers(rows, self.quality, "quality")
+        quality = self._quality(rows, n, ctx)
         tags, vectors = self._tags(rows, ctx)
         picked, facts = mig(
             tags, quality, wanted, vectors, self.threshold, self.propagation, self.power, self.smoothing, self.phi, self.rate,
@@ -341,6 +341,13 @@ class MIG(Selector):
         why = {k: facts[k] for k in ("tags", "edges", "tag_sets", "without_tags", "unreachable")}
         return Picks(picked, scores=scores, why={**why, "filled by chance": max(0, short)})
 
+    def _quality(self, rows: Any, n: int, ctx: Context | None) -> np.ndarray:
+        if self.quality is None:
+            return np.ones(n)
+        if self.quality == "loss" and ctx is not None and not has_column(rows, "loss"):
+            return np.exp(-np.asarray(ctx.signal("loss", rows), np.float64))
+        return numbers(rows, self.quality, "quality")
+
     def _tags(self, rows: Any, ctx: Context | None) -> tuple[Any, Any]:
         """Each row's tags, and the vectors of the tags where there are any."""
         if self.tags is not None:
@@ -352,4 +359,6 @@ class MIG(Selector):
                     raise RecipeError(f"mig.tag_embeddings names {self.tag_embeddings}, which cannot be read as json: {error}") from error
             return named_column(rows, self.tags), vectors
         labels, centres = kmeans(embeddings(rows, ctx, self.embeddings), min(self.clusters, max(1, count(rows))), seed=0 if ctx is None else ctx.seed)
+        # about their mean: the vectors of a language model all point one way, and every cluster would be near every other
+        centres = centres - np.nanmean(centres, axis=0)
         return [[int(c)] for c in labels], {c: centres[c] for c in range(len(centres))}

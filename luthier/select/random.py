@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from luthier.catalog import register
-from luthier.core.context import seed_of
 from luthier.errors import DataError
 from luthier.select import Picks, Selector, budget_of, column
+from luthier.select._shared import count, generator, spread
 
 if TYPE_CHECKING:
     from luthier.core.context import Context
@@ -21,13 +21,9 @@ def random(n: int, budget: int, rng: np.random.Generator, groups: Any = None) ->
     if groups is None:
         return rng.permutation(n)[:budget]
     names, number = np.unique(np.asarray(groups, dtype=str), return_inverse=True)
-    sizes = np.bincount(number, minlength=len(names))
-    exact = budget * sizes / max(1, n)
-    take = np.floor(exact).astype(int)
-    for g in np.argsort(-(exact - take), kind="stable")[: budget - take.sum()]:
-        take[g] += 1
+    take = spread(budget, np.bincount(number, minlength=len(names)))
     chosen = [rng.permutation(np.flatnonzero(number == g))[: take[g]] for g in range(len(names))]
-    return rng.permutation(np.concatenate(chosen).astype(np.int64)) if budget else np.zeros(0, np.int64)
+    return rng.permutation(np.concatenate(chosen).astype(np.int64)) if chosen else np.zeros(0, np.int64)
 
 
 @register("random")
@@ -41,12 +37,12 @@ class Random(Selector):
     """Column whose values are drawn from in proportion; empty: from all rows alike."""
 
     def select(self, rows: Any, budget: int | float | str, ctx: Context | None = None) -> Picks:
-        n = len(rows)
+        n = count(rows)
         groups = None
         if self.by is not None:
-            groups = column(rows, self.by)
+            groups = column(rows, self.by) if not isinstance(rows, dict) or self.by in rows else [None]
             if any(g is None for g in groups):
                 raise DataError(f"random.by names the column '{self.by}', which row {groups.index(None)} lacks.")
-        rng = np.random.default_rng(seed_of(0 if ctx is None else ctx.seed, "random"))
+        rng = generator(ctx, "random")
         picked = random(n, budget_of(budget, n), rng, groups)
         return Picks(picked, groups=None if groups is None else np.asarray(groups, dtype=str), why={"drawn from": n})

@@ -67,10 +67,10 @@ def settings(**changes):
     } | changes)  # fmt: skip
 
 
-def engine(folder=None, objectives=None, rows=ROWS, dropout=0.1, others=(), **changes):
+def engine(folder=None, objectives=None, rows=ROWS, dropout=0.1, others=(), selector=None, **changes):
     family = tiny_llama(attention_dropout=dropout)
     family.collate = collate
-    plan = Plan(family, rows, [(o, 1.0) for o in (objectives or [NLL()])], Adam(), [Everything()], others=list(others))
+    plan = Plan(family, rows, [(o, 1.0) for o in (objectives or [NLL()])], Adam(), [Everything()], selector, others=list(others))
     return Engine(plan, settings(**changes), Context(family, 0), folder, Journal(folder / "metrics.jsonl" if folder else None))
 
 
@@ -240,8 +240,6 @@ def test_online_picks_leave_the_batch_and_oversampled_rows_are_counted():
             kept[order[: len(batch) // 2]] = 1
             return kept
 
-    made = engine(dropout=0, epochs=1, batch=4)
-    made.plan.selector = Half()
-    made.lead["pick"] = made.plan.selector
+    made = engine(dropout=0, epochs=1, batch=4, selector=Half())
     outcome = made.run()
     assert outcome.steps == 3 and made.ctx.clock.samples == 12

@@ -1,5 +1,8 @@
+import itertools
+
 import numpy as np
 import pytest
+from scipy import sparse
 
 from luthier.core.context import Context
 from luthier.core.rows import Rows
@@ -41,7 +44,44 @@ def test_picks_are_those_of_the_dense_greedy(exact, connected):
     got, facts = mig(matrix, quality, 60, vectors if connected else None, threshold=0.7, propagation=0.6, gain="exact" if exact else "gradient", with_info=True)
     assert np.array_equal(got, wanted)
     assert np.allclose(facts["information"], total)
-    assert all(b >= a for a, b in zip(values, values[1:]))
+    assert all(b >= a for a, b in itertools.pairwise(values))
+
+
+def test_lists_matrices_and_sparse_matrices_mean_the_same():
+    matrix, quality, _ = pool()
+    lists = [np.flatnonzero(row).tolist()[::-1] for row in matrix]
+    want = mig(matrix, quality, 50)
+    assert np.array_equal(mig(lists, quality, 50), want)
+    assert np.array_equal(mig(sparse.csr_matrix(matrix), quality, 50), want)
+    assert np.array_equal(mig([[f"tag{t:02}" for t in row] for row in lists], quality, 50), want)
+
+
+def test_ties_go_to_the_lowest_index_whatever_the_order_of_a_sum():
+    rng = np.random.default_rng(1)
+    matrix = np.zeros((400, 60))
+    for i in range(400):
+        matrix[i, rng.choice(60, rng.integers(1, 9), replace=False)] = 1
+    wanted, _, _ = dense(matrix, np.ones(400), 80)
+    assert np.array_equal(mig(matrix, np.ones(400), 80), wanted)
+
+
+@pytest.mark.parametrize("rate", [0.5, 400.0])
+def test_the_exponential_phi_and_its_saturation(rate):
+    matrix, quality, _ = pool(n=120, tags=6)
+    x, used, total, wanted = matrix * quality[:, None], np.zeros(120, bool), np.zeros(6), []
+    for _ in range(100):
+        gain = np.where(used, -np.inf, x @ (rate * np.exp(-rate * total)))
+        wanted.append(int(gain.argmax()))
+        used[wanted[-1]] = True
+        total += x[wanted[-1]]
+    assert (rate < 1) == bool(gain.max() > 0)  # the high rate runs out of gains: the rest comes by index
+    assert mig(matrix, quality, 100, phi="exp", rate=rate).tolist() == wanted
+
+
+def test_normalised_rows_share_their_quality_among_their_tags():
+    matrix, quality, _ = pool()
+    wanted, _, _ = dense(matrix, quality / matrix.sum(1), 50)
+    assert np.array_equal(mig(matrix, quality, 50, normalise=True), wanted)
 
 
 def test_columns_of_the_graph_are_normalised():
@@ -77,6 +117,13 @@ def test_without_tags_clusters_of_embeddings_stand_in():
     rows = Rows.of([{"prompt": f"w{i % 5}", "completion": "w9"} for i in range(20)])
     picks = MIG(clusters=5).select(rows, 5, Context(tiny_llama()))
     assert len({rows[int(i)]["prompt"] for i in picks.indices}) >= 4
+
+
+def test_quality_may_be_the_models_own_certainty():
+    rows = Rows.of([{"prompt": "w1", "completion": f"w{i}", "tags": ["a"]} for i in range(8)])
+    ctx = Context(tiny_llama())
+    picks = MIG(tags="tags", quality="loss").select(rows, 3, ctx)
+    assert picks.indices.tolist() == np.argsort(ctx.signal("loss", rows), kind="stable")[:3].tolist()
 
 
 def test_bad_input():

@@ -33,6 +33,11 @@ def test_budgets(budget, wanted):
     assert budget_of(budget, 100) == wanted
 
 
+def test_columns_serve_as_rows():
+    picked = Random(by="kind").select({"text": list("abcdef"), "kind": [0, 0, 0, 0, 1, 1]}, 3)
+    assert len(picked.indices) == 3 and sorted(picked.groups[picked.indices]) == ["0", "0", "1"]
+
+
 def test_bad_input():
     for bad in (0, "none", -3, "0%"):
         with pytest.raises(RecipeError, match="no rows at all"):

@@ -1,11 +1,12 @@
 import numpy as np
 import pytest
 import torch
+from scipy.fft import dct
 
 from luthier.core.batch import Batch
 from luthier.core.context import Context
 from luthier.errors import RecipeError
-from luthier.select.uds import UDS, Sketch, nuclear_norm, uds
+from luthier.select.uds import UDS, Sketch, _transform, nuclear_norm, uds
 
 
 def test_utility_is_the_sum_of_singular_values_and_rotations_do_not_matter():
@@ -22,6 +23,25 @@ def test_sketches_keep_the_norm_on_average(kind):
     z = torch.randn(12, 40)
     ratios = [float(Sketch(40, 16, 4, 10, kind, seed=s)(z).square().sum() / z.square().sum()) for s in range(200)]
     assert np.mean(ratios) == pytest.approx(1.0, abs=0.1)
+
+
+def test_the_fft_sketch_is_the_releases_projection():
+    positions, vocabulary, g = 16, 40, torch.Generator().manual_seed(3)
+    signs = [torch.randint(0, 2, (n,), generator=g) * 2.0 - 1 for n in (positions, vocabulary)]
+    kept = [torch.randint(0, n, (k,), generator=g) for n, k in ((positions, 4), (vocabulary, 10))]
+    z = torch.randn(9, vocabulary)
+    x = torch.zeros(positions, vocabulary)
+    x[:9] = z
+    x = torch.fft.fft(x * signs[1], dim=-1).real[:, kept[1]] * (vocabulary / 10) ** 0.5
+    x = torch.fft.fft(x * signs[0][:, None], dim=0).real[kept[0]] * (positions / 4) ** 0.5
+    sketch = Sketch(vocabulary, positions, 4, 10, "fft", signs=signs, kept=kept)
+    assert torch.allclose(sketch(z), x.flatten(), atol=1e-3)
+
+
+@pytest.mark.parametrize("n", [7, 16])
+def test_the_cosine_transform_is_scipys(n):
+    x = torch.randn(3, n)
+    assert np.allclose(_transform(x, "dct"), dct(x.numpy(), norm="ortho"), atol=1e-5)
 
 
 def test_sketches_are_linear_and_distances_survive():
@@ -65,6 +85,21 @@ def test_the_best_share_is_kept_and_remembered_in_order():
     queue = ctx.queue("uds", 5)
     assert len(queue) == 5 and queue.ids.tolist() == [3, 5, 1, 3, 5]
     assert torch.equal(queue["sketch"][1], method._sketch(logits[5]))
+
+
+def test_groups_are_compared_among_themselves_and_the_memory_grows_between_them():
+    method = UDS(candidates=3, group=3, positions=8, sketch_columns=8, sketch_rows=2, alpha=1e6)
+    z = torch.randn(4, 16)
+    # in the second group the row that equals the one just kept is the least diverse
+    logits = [9 * z, 0.1 * z, 0.2 * z, 9 * z, -z, 0.0 * z]
+    weights = method.pick(batch(6), {"logits": logits})
+    assert weights.tolist()[:3] == [1, 0, 0] and weights.tolist()[3:] == [0, 1, 0]
+
+
+def test_rows_are_taken_as_they_come_before_the_start():
+    ctx = Context(seed=0)
+    method = UDS(candidates=2, start=5)
+    assert method.pick(batch(4), {}, ctx).tolist() == [1, 1, 0, 0] and not ctx.store
 
 
 def test_keeping_all_keeps_all():
