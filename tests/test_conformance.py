@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+
 from luthier.adapt import Adapter
 from luthier.catalog import entries, register
 from luthier.core.loss import Loss

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+
 from luthier.catalog import entries, method, register
 from luthier.select import Selector
 from luthier.testing.matrix import matrix, pair

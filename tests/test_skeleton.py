@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+
 from luthier.catalog import AXES, method
 from luthier.core.models import load
 from luthier.errors import UserError

@@ -55,7 +55,8 @@ class Family:
     verbs: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, network: nn.Module, processor: Any, source: str = "") -> None:
-        self.network, self.processor, self.source = network, processor, source
+        self.network: Any = network
+        self.processor, self.source = processor, source
         self.modules: dict[str, nn.Module] = {}
         """Trainable parts that belong to plug-ins (heads, projections), by name; filled from `Parts.modules`."""
         self.referring = False
@@ -109,7 +110,7 @@ class Family:
         return next(self.network.parameters()).dtype
 
     @property
-    def base_network(self) -> nn.Module:
+    def base_network(self) -> Any:
         """The transformers model itself, without a peft shell."""
         network = self.network
         return network.get_base_model() if hasattr(network, "get_base_model") else network
@@ -171,7 +172,7 @@ class CausalLM(Family):
         return self.processor
 
     @property
-    def decoder(self) -> nn.Module:
+    def decoder(self) -> Any:
         """The network below the language-model head."""
         return self.base_network.base_model
 

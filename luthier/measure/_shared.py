@@ -8,10 +8,10 @@ from collections.abc import Sequence as SequenceOf
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from luthier.core.rows import answer_of, prompt_ids
-from luthier.core.verify import verifier
 
 from luthier.core.families import Decode
+from luthier.core.rows import answer_of, prompt_ids
+from luthier.core.verify import verifier
 
 if TYPE_CHECKING:
     from luthier.core.context import Context

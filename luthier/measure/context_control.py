@@ -72,7 +72,7 @@ class ContextControl(Measure):
         gold = [r.get("gold", r["answer"]) for r in built]
         numbers = context_control([r["kind"] for r in built], answers, [r["answer"] for r in built], gold, known)
         out = Measures({**numbers, "known_questions": float(sum(k for k, r in zip(known, built) if r["kind"] == "empty"))})
-        out.better = {k: "higher" for k in numbers}
+        out.better = dict.fromkeys(numbers, "higher")
         for name, kind in (("controllability", "counterfactual"), ("robustness", "irrelevant")):
             n = sum(k and r["kind"] == kind for k, r in zip(known, built))
             if numbers[name] is not None:

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from luthier.core.modelmap import block_index
 from torch import Tensor
 
 from luthier.catalog import register
+from luthier.core.modelmap import block_index
 from luthier.errors import RecipeError
 from luthier.measure import Measure, Measures
 

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from luthier.core.loss import Loss
-from luthier.errors import RecipeError
 from luthier.errors import DataError
 
 if TYPE_CHECKING:

@@ -40,7 +40,9 @@ def _fill(budget: int, sizes: np.ndarray, weights: np.ndarray) -> np.ndarray:
     counts = np.zeros_like(sizes)
     open_, left = weights > 0, min(budget, int(sizes[weights > 0].sum()))
     while True:
-        share = np.where(open_, weights, 0.0) * (left / max(weights[open_].sum(), np.finfo(float).tiny))
+        share = np.where(open_, weights, 0.0)
+        share = share / max(share.max(), 5e-324)  # tiny weights would overflow below
+        share *= left / max(share.sum(), 1.0)
         full = open_ & (share >= sizes)
         if not full.any():
             break

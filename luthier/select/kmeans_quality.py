@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 
 from luthier.catalog import register
+from luthier.core.batch import Sequence
+from luthier.core.families import Decode
 from luthier.core.neighbours import kmeans
-from luthier.errors import RecipeError
+from luthier.core.rows import Rows, answer_of, prompt_ids
+from luthier.errors import RecipeError, UserError
 from luthier.select import Picks, Selector, budget_of
-from luthier.select._shared import embeddings, generator, gumbel_top_k, numbers, spread
+from luthier.select._shared import count, embeddings, generator, gumbel_top_k, numbers, spread
 
 if TYPE_CHECKING:
     from luthier.core.context import Context
@@ -24,9 +28,9 @@ def kmeans_quality(labels: Any, quality: Any, counts: Any, rng: np.random.Genera
     free[np.asarray(list(used), dtype=np.int64)] = False
     logits = quality if softmax else np.log(np.maximum(quality, 1e-300))
     chosen = []
-    for cluster, count in enumerate(np.asarray(counts)):
+    for cluster, wanted in enumerate(np.asarray(counts)):
         members = np.flatnonzero((labels == cluster) & free)
-        chosen.append(members[gumbel_top_k(logits[members], int(min(count, len(members))), rng)])
+        chosen.append(members[gumbel_top_k(logits[members], int(min(wanted, len(members))), rng)])
     return np.concatenate(chosen).astype(np.int64) if chosen else np.zeros(0, np.int64)
 
 
@@ -56,24 +60,27 @@ class KMeansQuality(Selector):
 
     Static (one round): k-means on embeddings, every cluster gets its share of the budget (`share: size`, the paper's b |C_j| / n; `equal`, the
     release's b / K), and inside it rows are drawn with probability proportional to quality. Iterative (`rounds` > 1, the paper's N = 3): the budget is split
-    over rounds; after each the model is tuned from the base on all rows chosen so far, those rows are scored, and clusters where the given answer clearly
-    beats the model's own get more of the next round. Scorers: `margin`, mean log p of the given answer minus that of the model's own greedy
-    answer; `loss`, its mean token loss; or the helper `reward`(prompt, answer), gold minus own. Counts always add up to the budget: what a small cluster cannot give is
+    over rounds, the first shared equally; after each the model is tuned from the base on all rows chosen so far, those rows are scored, and clusters where the
+    given answer clearly beats the model's own get more of the next round. Scorers: `reward`, the helper's reward of the given answer minus that of the model's
+    own greedy one; `margin`, the same difference in mean log p; `loss` and `perplexity` of the given answer. Under the last two noise scores high, as in
+    the release; under `margin` what is mastered does: `prefer: low` turns the sign. Counts always add up to the budget: what a small cluster cannot give is
     handed on (the release draws too few clusters and misses its budget). The weights follow the release's softmax; `rule: memory` is the paper's formula,
     uncertain in its normalisation. Rounds restart from the base."""
 
-    clusters: int = 64
-    """K; the paper takes 512 (iterative) or 1024 (static) for pools of hundreds of thousands."""
+    clusters: int | None = None
+    """K; empty: the paper's 1024 (static) or 512 (iterative), but at most a tenth of the rows."""
     rounds: int = 1
     """N; above 1 the stage becomes a loop of select and tune."""
     quality: str | None = None
     """Column with each row's quality (> 0); empty: all alike (k-means-random)."""
     softmax: bool = False
     """Weigh rows by exp(quality) instead of quality."""
-    share: Literal["size", "equal"] = "size"
-    """What a cluster gets in the first round: by its size, or the same for all."""
-    scorer: Literal["margin", "loss", "reward"] = "margin"
+    share: Literal["auto", "size", "equal"] = "auto"
+    """What a cluster gets in the first round: by its size, or the same for all; auto: size if it is the only round, else equal."""
+    scorer: Literal["margin", "loss", "perplexity", "reward"] = "margin"
     """How chosen rows are scored between rounds."""
+    prefer: Literal["high", "low"] = "high"
+    """Which scores earn a cluster more rows."""
     rule: Literal["softmax", "memory"] = "softmax"
     """How scores become cluster weights."""
     embeddings: str | None = None
@@ -88,73 +95,97 @@ class KMeansQuality(Selector):
     toy: ClassVar[dict[str, Any]] = {"clusters": 3, "restarts": 1, "max_new_tokens": 4}
 
     def __post_init__(self) -> None:
-        if self.clusters < 1 or self.rounds < 1 or self.restarts < 1 or self.max_new_tokens < 1:
+        if min(self.clusters or 1, self.rounds, self.restarts, self.max_new_tokens) < 1 or self.clusters == 0:
             raise RecipeError("kmeans-quality needs clusters, rounds, restarts and max_new_tokens of at least 1.")
 
     def select(self, rows: Any, budget: int | float | str, ctx: Context | None = None) -> Picks:
-        n = len(rows)
+        n = count(rows)
         total = budget_of(budget, n)
-        memory: dict[str, Any] = {} if ctx is None else ctx.store.setdefault("kmeans-quality", {})
-        labels = self._labels(rows, ctx, memory)
+        number = 0 if ctx is None else min(ctx.round, self.rounds - 1)
+        memory = self._memory(n, number, ctx)
+        labels = memory["labels"] = self._labels(rows, n, ctx) if memory["labels"] is None else np.asarray(memory["labels"])
         k = int(labels.max()) + 1 if n else 0
         quality = np.ones(n) if self.quality is None else numbers(rows, self.quality, "quality")
         if (quality <= 0).any() and not self.softmax:
             raise RecipeError(f"The column '{self.quality}' holds qualities of 0 or below; set softmax: true or give positive ones.")
-        number = 0 if ctx is None else ctx.round
         rng = generator(ctx, "kmeans-quality", number)
-        before = np.asarray(memory.get("chosen", []), dtype=np.int64)
+        before = np.concatenate([np.zeros(0, np.int64), *(np.asarray(p) for p in memory["picks"])]).astype(np.int64)
         size = np.bincount(labels, minlength=k) - np.bincount(labels[before], minlength=k)
-        due = total if number + 1 >= self.rounds else round(total * (number + 1) / self.rounds)
+        due = max(0, round(total * (number + 1) / self.rounds) - len(before))
         weights = self._weights(rows, labels, before, k, ctx, memory)
-        counts = self._counts(max(0, due - len(before)), size, weights, rng, first=number == 0)
+        counts = self._first_counts(due, size) if not number else later_counts(due, size, weights, rng)
         fresh = kmeans_quality(labels, quality, counts, rng, before, self.softmax)
-        chosen = np.concatenate([before, fresh])
-        memory |= {"chosen": chosen, "weights": weights}
-        return Picks(chosen, groups=labels, why={"clusters": k, "round": number, "new": len(fresh), "largest weight": float(weights.max()) if k else 0.0})
+        memory["picks"], memory["weights"] = [*memory["picks"], fresh], [*memory["weights"], weights]
+        why = {"clusters": k, "round": number, "new": len(fresh), "largest weight": float(weights.max()) if k else 0.0}
+        return Picks(np.concatenate([before, fresh]), groups=labels, why=why)
 
-    def _labels(self, rows: Any, ctx: Context | None, memory: dict[str, Any]) -> np.ndarray:
-        if "labels" in memory and len(memory["labels"]) == len(rows):
-            return np.asarray(memory["labels"])
-        vectors = embeddings(rows, ctx, self.embeddings, text=self.text) if self.embeddings is None else embeddings(rows, ctx, self.embeddings)
-        labels, _ = kmeans(vectors, min(self.clusters, len(rows)), seed=0 if ctx is None else ctx.seed, restarts=self.restarts)
-        memory["labels"] = labels
-        return labels
+    def _memory(self, n: int, number: int, ctx: Context | None) -> dict[str, Any]:
+        """What earlier rounds left: clusters, and the picks and weights of each. A round that is repeated begins where it began."""
+        kept: dict[str, Any] = {} if ctx is None or number == 0 else ctx.store.get("kmeans-quality", {})
+        if number and (len(kept.get("picks", [])) < number or len(kept["labels"]) != n):
+            raise RecipeError(f"Round {number + 1} of kmeans-quality needs the rounds before it on the same rows; run it within a recipe with `rounds: {self.rounds}`.")
+        made = {"labels": kept.get("labels"), "picks": list(kept.get("picks", []))[:number], "weights": list(kept.get("weights", []))[:number]}
+        if ctx is not None:
+            ctx.store["kmeans-quality"] = made
+        return made
+
+    def _labels(self, rows: Any, n: int, ctx: Context | None) -> np.ndarray:
+        k = self.clusters or max(1, min(512 if self.rounds > 1 else 1024, n // 10))
+        options = {"text": self.text} if self.embeddings is None else {}
+        return kmeans(embeddings(rows, ctx, self.embeddings, **options), min(k, n), seed=0 if ctx is None else ctx.seed, restarts=self.restarts)[0]
 
     def _weights(self, rows: Any, labels: np.ndarray, before: np.ndarray, k: int, ctx: Context | None, memory: dict[str, Any]) -> np.ndarray:
         """Uniform in the first round, later by what the tuned model has yet to learn."""
         if not len(before) or ctx is None:
             return np.full(k, 1 / max(1, k))
-        margin = self._margins([rows[int(i)] for i in before], ctx)
-        return new_weights(labels, before, margin, k, memory.get("weights"), self.rule)
+        score = self._scores(list(Rows.of(rows).take(before)), ctx)
+        return new_weights(labels, before, score if self.prefer == "high" else -score, k, memory["weights"][-1], self.rule)
 
-    def _counts(self, due: int, size: np.ndarray, weights: np.ndarray, rng: np.random.Generator, first: bool) -> np.ndarray:
-        if first:
-            return spread(due, size, None if self.share == "size" else np.ones(len(size)))
-        drawn = np.minimum(rng.multinomial(due, weights), size)
-        left = due - int(drawn.sum())
-        return drawn + spread(left, size - drawn, weights)
+    def _first_counts(self, due: int, size: np.ndarray) -> np.ndarray:
+        equal = self.share == "equal" or (self.share == "auto" and self.rounds > 1)
+        return spread(due, size, np.ones(len(size)) if equal else None)
 
-    def _margins(self, rows: list[Any], ctx: Context) -> np.ndarray:
-        """d_i of each row under the model tuned so far: how much better the given answer is than the model's own."""
-        from luthier.core.rows import answer_of
-
+    def _scores(self, rows: list[Any], ctx: Context) -> np.ndarray:
+        """d_i of each row under the model tuned so far."""
         name = "round" if ctx.has_model("round") else "current"
-        if self.scorer == "loss":
-            return np.asarray(ctx.signal("loss", rows, name), float)
+        if self.scorer in ("loss", "perplexity"):
+            return np.asarray(ctx.signal(self.scorer, rows, name), float)
         family: Any = ctx.model("round") if name == "round" else ctx.current
-        own = self._own_answers(rows, family)
-        if self.scorer == "reward":
-            reward = ctx.helper("reward")
-            return np.array([float(reward(r, answer_of(r))) - float(reward(r, a)) for r, a in zip(rows, own)])
-        pairs = [{**r, "completion": a} if "completion" in r else r for r, a in zip(rows, own)]
-        with family.evaluating():
-            gold, mine = (np.concatenate([family.score(family.collate(part[i : i + 32], train_on=ctx.train_on)).rows("mean").double().cpu().numpy() for i in range(0, len(part), 32)]) for part in (rows, pairs))
-        return gold - mine
-
-    def _own_answers(self, rows: list[Any], family: Any) -> list[str]:
-        from luthier.core.families import Decode
-        from luthier.core.rows import answer_of, prompt_ids
-
         prompts = [prompt_ids(r, family.tokenizer) for r in rows]
-        replies = family.generate(prompts, Decode(max_new_tokens=self.max_new_tokens))
-        return [a[0].text or answer_of(r) or "" for a, r in zip(replies, rows)]
+        own = [a[0] for a in family.generate(prompts, Decode(max_new_tokens=self.max_new_tokens))]
+        if self.scorer == "reward":
+            return _rewards(ctx, [answer_of(r) or "" for r in rows], rows) - _rewards(ctx, [a.text for a in own], rows)
+        gold = -np.asarray(ctx.signal("loss", rows, name), float)
+        return gold - own_log_probability(family, prompts, [a.ids for a in own])
+
+
+def later_counts(due: int, size: np.ndarray, weights: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """`due` cluster ids drawn from Categorical(weights) with replacement, capped at what is left of each; the rest is handed on."""
+    drawn = np.minimum(rng.multinomial(due, weights), size)
+    return drawn + spread(due - int(drawn.sum()), size - drawn, weights)
+
+
+def own_log_probability(family: Any, prompts: list[Any], answers: list[np.ndarray]) -> np.ndarray:
+    """Mean log p of each answer's tokens; 0 for an answer without any."""
+    found = np.zeros(len(prompts))
+    with family.evaluating():
+        for start in range(0, len(prompts), 32):
+            part = [answered(p, a) for p, a in zip(prompts[start : start + 32], answers[start : start + 32])]
+            found[start : start + 32] = family.score(part).rows("mean").double().cpu().numpy()
+    return found
+
+
+def answered(prompt: Any, answer: Any) -> Sequence:
+    """A prompt and an answer to it, the answer's tokens supervised."""
+    mask = np.arange(len(prompt) + len(answer)) >= len(prompt)
+    return Sequence(np.concatenate([np.asarray(prompt, np.int64), np.asarray(answer, np.int64)]), mask)
+
+
+def _rewards(ctx: Context, answers: list[str], rows: list[Any]) -> np.ndarray:
+    """The helper's rewards; named parts add up."""
+    given = ctx.helper("reward")(answers, rows)
+    parts = list(given.values()) if isinstance(given, Mapping) else [given]
+    total = np.sum([np.asarray(p, float) for p in parts], axis=0)
+    if np.shape(total) != (len(rows),) or not np.isfinite(total).all():
+        raise UserError("The helper 'reward' must give one finite number for every answer.")
+    return total

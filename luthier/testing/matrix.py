@@ -30,7 +30,6 @@ def matrix(axes: tuple[str, ...] = (), tell: Callable[[dict[str, Any]], None] | 
 def pair(choices: dict[str, type]) -> dict[str, Any]:
     """Run one recipe with these methods. A refusal is one sentence; anything else that goes wrong is a crash."""
     from luthier.recipe import Recipe
-
     from luthier.run import tune
     from luthier.testing.toys import FAMILIES, recipe, shared_family
 

@@ -55,8 +55,9 @@ def tiny_llama(vocab: int = 64, hidden: int = 32, layers: int = 2, seed: int = 0
 
 def tiny_bert(vocab: int = 64, hidden: int = 32, layers: int = 2, seed: int = 0, classes: int = 0, **kw: Any) -> Any:
     """A random BERT as a TextEncoder: with its masked-word head, or with a classification head of `classes` classes."""
-    from luthier.core.encoders import TextEncoder
     from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification
+
+    from luthier.core.encoders import TextEncoder
 
     fields = {
         "num_attention_heads": 4, "intermediate_size": 2 * hidden, "max_position_embeddings": 128, "initializer_range": 0.2, "pad_token_id": 0,
@@ -70,8 +71,9 @@ def tiny_bert(vocab: int = 64, hidden: int = 32, layers: int = 2, seed: int = 0,
 
 def tiny_vit(classes: int = 3, hidden: int = 32, layers: int = 2, size: int = 12, patch: int = 4, seed: int = 0, **kw: Any) -> Any:
     """A random ViT for RGB images of `size` x `size` as an ImageClassifier."""
-    from luthier.core.encoders import ImageClassifier
     from transformers import ViTConfig, ViTForImageClassification
+
+    from luthier.core.encoders import ImageClassifier
 
     fields = {
         "num_attention_heads": 4, "intermediate_size": 2 * hidden, "initializer_range": 0.2,
@@ -83,8 +85,9 @@ def tiny_vit(classes: int = 3, hidden: int = 32, layers: int = 2, size: int = 12
 
 def tiny_clip(vocab: int = 64, hidden: int = 32, layers: int = 2, size: int = 12, patch: int = 4, seed: int = 0, **kw: Any) -> Any:
     """A random CLIP as a DualEncoder: towers of `layers` blocks, a shared space of `hidden` / 2."""
-    from luthier.core.encoders import DualEncoder
     from transformers import CLIPConfig, CLIPModel
+
+    from luthier.core.encoders import DualEncoder
 
     tower = {"hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": 4, "intermediate_size": 2 * hidden, "initializer_range": 0.2}
     text = {**tower, "vocab_size": vocab, "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}

@@ -40,7 +40,6 @@ def rows(columns: frozenset[str], n: int = 12, seed: int = 0) -> list[dict[str, 
 def model_folder(family: str) -> Path:
     """A tiny model of a family, saved once a process, for recipes that name a path."""
     from luthier.core.models import save_network
-
     from luthier.testing import tiny
 
     folder = Path(tempfile.mkdtemp(prefix=f"luthier-toy-{family}-")) / "model"

@@ -44,7 +44,7 @@ def test_the_measure_counts_matrices_inside_blocks_only(base):
     tuned = base + 3 * s0[0] * torch.outer(u0[:, -1], torch.nn.functional.normalize(torch.ones(12), dim=0))
     names = ("model.layers.0.mlp.up_proj.weight", "model.layers.1.mlp.up_proj.weight", "lm_head.weight")
     after = {names[0]: tuned, names[1]: base.clone(), names[2]: tuned}
-    out = IntruderDimensions().compare({n: base for n in names}, after)
+    out = IntruderDimensions().compare(dict.fromkeys(names, base), after)
     assert out.numbers["intruders"] == 1 and out.numbers["matrices"] == 1
     assert out.plots["by depth"] == {"block": [0], "intruders": [1]}
 

@@ -25,7 +25,7 @@ def test_crops_are_contiguous_and_of_the_right_length():
         view = crop(ids, rng, delete=0.0)
         assert np.array_equal(np.diff(view), np.ones(len(view) - 1))
         sizes.append(len(view))
-    assert 5 <= min(sizes) and max(sizes) <= 50 and len(set(sizes)) > 20
+    assert min(sizes) >= 5 and max(sizes) <= 50 and len(set(sizes)) > 20
     kept = [len(crop(ids, rng, 0.5, 0.5, 0.1)) for _ in range(300)]
     assert 43 < np.mean(kept) < 47
     assert len(crop(np.arange(3), rng, delete=0.99)) >= 1

@@ -1,10 +1,12 @@
 import numpy as np
 import pytest
+import torch
 
 from luthier.core.context import Context
-from luthier.core.rows import Rows
+from luthier.core.families import Decode
+from luthier.core.rows import Rows, prompt_ids
 from luthier.errors import RecipeError
-from luthier.select.kmeans_quality import KMeansQuality, kmeans_quality, new_weights
+from luthier.select.kmeans_quality import KMeansQuality, kmeans_quality, later_counts, new_weights
 from tests.helpers import tiny_llama
 
 
@@ -60,11 +62,11 @@ def test_the_softmax_rule_is_the_releases_formula():
     assert np.allclose(got, np.exp(s) / np.exp(s).sum())
 
 
-@pytest.mark.parametrize("scorer", ["margin", "loss", "reward"])
+@pytest.mark.parametrize("scorer", ["margin", "loss", "perplexity", "reward"])
 def test_rounds_add_rows_and_reach_the_budget(scorer):
     rows = Rows.of(pool())
     model = tiny_llama()
-    ctx = Context(model, streams={"train": rows}, models={"round": model.frozen_copy()}, helpers={"reward": lambda row, answer: float(len(answer))})
+    ctx = Context(model, streams={"train": rows}, models={"round": model.frozen_copy()}, helpers={"reward": lambda answers, rows: [float(len(a)) for a in answers]})
     method = KMeansQuality(clusters=3, rounds=3, embeddings="vector", scorer=scorer, max_new_tokens=3)
     seen = []
     for number in range(3):
@@ -72,6 +74,59 @@ def test_rounds_add_rows_and_reach_the_budget(scorer):
         seen.append(method.select(rows, 20, ctx).indices)
     assert [len(s) for s in seen] == [7, 13, 20]
     assert set(seen[0]) <= set(seen[1]) <= set(seen[2]) and len(set(seen[2])) == 20
+
+
+def test_a_repeated_round_draws_the_same_and_a_missing_one_is_refused():
+    rows = Rows.of(pool())
+    model = tiny_llama()
+    ctx = Context(model, models={"round": model})
+    method = KMeansQuality(clusters=3, rounds=2, embeddings="vector", scorer="loss")
+    first = method.select(rows, 20, ctx).indices
+    assert clusters_of(method.select(rows, 20, ctx), rows) == [3, 3, 4]  # the first of several rounds shares equally
+    ctx.round = 1
+    second = method.select(rows, 20, ctx).indices
+    again = method.select(rows, 20, ctx).indices
+    assert np.array_equal(second, again) and np.array_equal(second[:10], first)
+    with pytest.raises(RecipeError, match="Round 2"):
+        method.select(rows, 20, Context(model, round=1))
+
+
+def test_later_counts_follow_the_weights_and_hand_on_what_does_not_fit():
+    drawn = sum(later_counts(10, np.array([99, 99, 99]), np.array([0.6, 0.4, 0.0]), np.random.default_rng(s)) for s in range(500))
+    assert np.allclose(drawn / 5000, [0.6, 0.4, 0.0], atol=0.02)
+    assert later_counts(10, np.array([2, 9, 0]), np.array([1.0, 0.0, 0.0]), np.random.default_rng(0)).tolist() == [2, 8, 0]
+
+
+def test_the_margin_is_the_difference_of_mean_log_probabilities_in_chats_too():
+    model = tiny_llama()
+    rows = [
+        {"prompt": "w1 w2", "completion": "w3 w4"},
+        {"messages": [{"role": "user", "content": "w5"}, {"role": "assistant", "content": "w6 w7"}]},
+    ]
+    ctx = Context(model, models={"round": model})
+    for row in rows:
+        got = KMeansQuality(max_new_tokens=4)._scores([row], ctx)[0]
+        prompt = prompt_ids(row, model.tokenizer)
+        own = model.generate([prompt], Decode(max_new_tokens=4))[0][0].ids
+        with torch.no_grad():
+            logp = model.network(torch.tensor(np.concatenate([prompt, own]))[None]).logits[0].log_softmax(-1)
+        mine = logp[torch.arange(len(prompt) - 1, len(prompt) + len(own) - 1), torch.tensor(own)].mean()
+        gold = model.score(model.collate([row])).logp.mean()
+        assert got == pytest.approx(float(gold.detach() - mine), abs=1e-4)
+
+
+def test_the_sign_can_be_turned():
+    rows = Rows.of(pool(sizes=(20, 20, 20)))
+    model = tiny_llama()
+    weights = {}
+    for prefer in ("high", "low"):
+        ctx = Context(model, models={"round": model})
+        method = KMeansQuality(clusters=3, rounds=2, embeddings="vector", scorer="loss", prefer=prefer)
+        method.select(rows, 20, ctx)
+        ctx.round = 1
+        method.select(rows, 20, ctx)
+        weights[prefer] = ctx.store["kmeans-quality"]["weights"][1]
+    assert np.array_equal(np.argsort(weights["high"]), np.argsort(weights["low"])[::-1])
 
 
 def test_the_models_own_embeddings_serve_where_no_column_is_named():
