@@ -50,7 +50,7 @@ def with_lines(folder, *lines, **changes):
     ([], "train.jsonl is empty"),
     ([LINE, '{"prompt": "w1", "completion": '], "train.jsonl:2: malformed JSON"),
     ([LINE, "[1, 2]"], "train.jsonl:2:"),
-    ([{"prompt": "w1", "answer_text": "w2"}], "answer_text"),
+    ([{"question_text": "w1", "reply": "w2"}], "found: question_text, reply"),
     ([LINE, {"prompt": "w1"}], "train.jsonl:2:"),
     ([LINE, {"prompt": "w1", "completion": 7}], "train.jsonl:2: 'completion'"),
     ([{"messages": "hello"}], "train.jsonl:1: 'messages'"),
@@ -98,13 +98,22 @@ def test_over_long_rows_are_left_out_or_cut_when_asked_and_that_is_reported(tmp_
     assert ("1 too long ones were set aside" in (tmp_path / "run" / "report.txt").read_text()) == (too_long == "skip")
 
 
+LONGER = '''
+from dataclasses import dataclass
+from luthier.catalog import register
+from luthier.synthesize import Synthesizer
+
+@register("longer")
+@dataclass
+class Longer(Synthesizer):
+    """Rows that are longer than asked for."""
+    def synthesize(self, rows, ctx=None):
+        return [{**r, "prompt": "w1 " * 30} for r in rows]
+'''
+
+
 def test_made_rows_are_checked_for_length_too(tmp_path):
-    (tmp_path / "longer.py").write_text(
-        "from luthier.synthesize import Synthesizer\nclass Longer(Synthesizer):\n    '''Rows that no model reads.'''\n"
-        "    def synthesize(self, rows, ctx=None):\n        return [{**r, 'prompt': 'w1 ' * 30} for r in rows]\n"
-    )
-    text = (tmp_path / "longer.py").read_text().replace("class", "from dataclasses import dataclass\n@dataclass\nclass", 1)
-    (tmp_path / "longer.py").write_text(text)
+    (tmp_path / "longer.py").write_text(LONGER)
     made = recipe(tmp_path, synthesize=[f"{tmp_path}/longer.py:Longer"])
     made["data"]["max_length"] = 20
     with pytest.raises(DataError, match="longer than 20 tokens"):
@@ -276,7 +285,7 @@ def small_disk(tmp_path):
 
 
 def test_a_full_disk_is_told_and_the_last_checkpoint_is_whole(tmp_path, small_disk, capsys):
-    made = recipe(tmp_path, adapt="full", train={"steps": 8, "save_every": 1, "keep": 20})
+    made = recipe(tmp_path, adapt="full", train={"steps": 16, "save_every": 1, "keep": 20})
     code = cli.main(["tune", written(tmp_path, made), "--run", str(small_disk / "run"), "--quiet"])
     err = capsys.readouterr().err
     assert code == 2 and "the disk is full" in err and "is intact" in err and "resume with" in err

@@ -22,9 +22,11 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from luthier.catalog import register
 from luthier.select import Selector
 
 
+@register("wandering")
 @dataclass
 class Wandering(Selector):
     """A sampler whose order depends on what it did before and on the run's own generator."""

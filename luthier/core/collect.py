@@ -81,6 +81,11 @@ def passes(model: Family, rows: SequenceOf[Mapping[str, Any]], batch: int = 16) 
             forest = TokenForest.pack(collated.sequences, share=False, pad=getattr(model, "pad_id", 0))
             mask = torch.from_numpy(forest.nodes >= 0).to(model.device)
             yield functools.partial(model.hidden, forest), mask
+        elif collated.sequences and "image" in collated.tensors:
+            for branch in dict.fromkeys(s.branch for s in collated.sequences):
+                padded = model.padded([s for s in collated.sequences if s.branch == branch])  # type: ignore[attr-defined]
+                yield functools.partial(model.embed, collated, branch), padded["attention_mask"].bool()
+            yield functools.partial(model.embed, collated, "image"), None
         else:
             real = collated.tensors.get("attention_mask")
             yield _verb(model, collated), None if real is None else real.bool()

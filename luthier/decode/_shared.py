@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from luthier.core.batch import Sequence
 from luthier.core.families import Answer, CausalLM, Decode
 from luthier.errors import ModelError
 
@@ -19,11 +22,21 @@ if TYPE_CHECKING:
 
 
 class Wrapped(CausalLM):
-    """A causal language model with verbs overridden. It shares the network, the processor and all settings of the one it wraps."""
+    """A causal language model with verbs overridden. It shares the network, the processor and all settings of the one it wraps.
 
-    def __init__(self, family: CausalLM) -> None:
+    `companions` are further models that it asks; `evaluating` holds for them as well."""
+
+    def __init__(self, family: CausalLM, companions: SequenceOf[CausalLM] = ()) -> None:
         self.__dict__.update(copy.copy(family.__dict__))
-        self.inner = family
+        self.inner, self.companions = family, list(companions)
+
+    @contextmanager
+    def evaluating(self, grad: bool = False) -> Iterator[Family]:
+        with ExitStack() as stack:
+            for companion in self.companions:
+                stack.enter_context(companion.evaluating())
+            stack.enter_context(super().evaluating(grad))
+            yield self
 
 
 def main_model(models: Mapping[str, Family] | Family, who: str) -> CausalLM:
@@ -48,12 +61,20 @@ def other_model(models: Mapping[str, Family] | Family, name: str, ctx: Context |
 def same_vocabulary(main: CausalLM, others: Mapping[str, CausalLM], who: str) -> None:
     """Logits are added, so token numbers must mean the same to all models."""
     size = main.config.vocab_size
-    for name, other in others.items():
+    for name, other in {"model": main, **others}.items():
+        if other.is_prompted:
+            raise ModelError(f"'{who}' runs models in lock-step, which a prompt-tuned one ('{name}') cannot; tune it with LoRA, or merge it first.")
         if other.config.vocab_size != size:
             raise ModelError(f"'{who}' adds logits, so all models need one vocabulary: the model has {size} tokens, '{name}' has {other.config.vocab_size}.")
         words, others_words = (getattr(f.tokenizer, "get_vocab", dict)() for f in (main, other))
         if words and others_words and words != others_words:
             raise ModelError(f"'{who}' adds logits, so all models need one tokenizer; that of '{name}' gives other numbers to the same tokens.")
+
+
+def answered(prompt: Any, answer: Any) -> Sequence:
+    """A prompt's ids and an answer's, the answer's tokens supervised."""
+    mask = np.arange(len(prompt) + len(answer)) >= len(prompt)
+    return Sequence(np.concatenate([np.asarray(prompt, np.int64), np.asarray(answer, np.int64)]), mask)
 
 
 class LockStep:
@@ -95,4 +116,4 @@ def left_mask(prompts: SequenceOf[Any]) -> Tensor:
     return mask
 
 
-__all__ = ["Answer", "Decode", "LockStep", "Wrapped", "left_mask", "main_model", "other_model", "same_vocabulary"]
+__all__ = ["Answer", "Decode", "LockStep", "Wrapped", "answered", "left_mask", "main_model", "other_model", "same_vocabulary"]

@@ -8,6 +8,7 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,65 +33,78 @@ if TYPE_CHECKING:
 
 GRID = tuple(i / 10 for i in range(21))
 LOWEST = -1e9
+"""What the logit of a token that only an expert rules out is lowered by."""
 Rule = Literal["one", "grid", "descent"]
 
 
-def logits_fusion(large: Tensor, small: Tensor, experts: SequenceOf[Tensor], alpha: float | None = None, grid: SequenceOf[float] = GRID, rule: Rule = "one") -> tuple[Tensor, Tensor]:
+def logits_fusion(
+    large: Tensor, small: Tensor, experts: SequenceOf[Tensor], alpha: float | None = None, grid: SequenceOf[float] = GRID, rule: Rule = "one"
+) -> tuple[Tensor, Tensor]:
     """(fused logits [rows, V], alpha [rows, experts]) from raw logits of the large model, the small base and its fine-tuned experts.
 
     P~ = softmax(l_L + sum_t alpha_t (l_t - l_0)). alpha minimises, on the grid,
         sum_t [KL(P~ || P) - KL(Q_t || Q_0)]^2 + [KL(P || P~) - KL(Q_0 || Q_t)]^2,
     so that the large model moves as far as the small one did. Several experts: at most one alpha is not 0 (`one`), the full grid, or
-    coordinate `descent`. Equal values: the alpha nearest to 1. A number for `alpha` fixes it (1 is proxy tuning). All in fp32; masked (-inf)
-    entries stay masked."""
-    base = large.float().clamp(min=LOWEST)
-    origin = small.float().clamp(min=LOWEST)
-    shifts = torch.stack([e.float().clamp(min=LOWEST) - origin for e in experts], 1)
+    coordinate `descent` from there. Equal values: the alpha nearest to 1. A number for `alpha` fixes it (1 is proxy tuning). fp32, the
+    divergences in fp64. A token that the large model masks (-inf) stays masked, one that the small base masks gets no shift, one that only
+    an expert masks is ruled out with it; the search looks at the tokens that all models allow."""
+    base, origin = large.float(), small.float()
+    stacked = torch.stack([e.float() for e in experts], 1)
+    known = torch.isfinite(origin)[:, None]
+    shifts = torch.where(known, stacked.clamp(min=LOWEST) - origin.masked_fill(~known[:, 0], 0.0)[:, None], torch.zeros_like(stacked))
     if alpha is not None:
         chosen = torch.full(shifts.shape[:2], float(alpha), device=base.device)
     else:
-        chosen = _search(base, origin, shifts, tuple(grid), rule)
-    fused = base + (chosen[..., None] * shifts).sum(1)
-    return fused.masked_fill(large == -torch.inf, -torch.inf), chosen
+        allowed = torch.isfinite(base) & known[:, 0] & torch.isfinite(stacked).all(1)
+        allowed |= ~allowed.any(-1, keepdim=True)  # nothing in common: no search can help, and no NaN either
+        chosen = _search(base, origin, stacked, allowed, tuple(grid), rule)
+    return base + (chosen[..., None] * shifts).sum(1), chosen
 
 
-def _search(base: Tensor, origin: Tensor, shifts: Tensor, grid: tuple[float, ...], rule: Rule) -> Tensor:
-    logp = torch.log_softmax(base, -1)
-    q0 = torch.log_softmax(origin, -1)
-    qt = torch.log_softmax(origin[:, None] + shifts, -1)
-    moved, back = (qt.exp() * (qt - q0[:, None])).sum(-1), (q0.exp()[:, None] * (q0[:, None] - qt)).sum(-1)
+def _search(base: Tensor, origin: Tensor, experts: Tensor, allowed: Tensor, grid: tuple[float, ...], rule: Rule) -> Tensor:
+    def logs(x: Tensor, mask: Tensor) -> Tensor:
+        return torch.log_softmax(x.double().nan_to_num(0.0, 0.0, LOWEST).masked_fill(~mask, LOWEST), -1)
+
+    logp, q0, qt = logs(base, allowed), logs(origin, allowed), logs(experts, allowed[:, None])
+    moved, back = _kl(qt, q0[:, None]), _kl(q0[:, None], qt)
+    # log Q_t - log Q_0 is the shift but for a constant; without its mean under P the divergences lose no digits
+    shifts = (qt - q0[:, None]).masked_fill(~allowed[:, None], 0.0)
+    shifts = shifts - (logp.exp()[:, None] * shifts).sum(-1, keepdim=True)
 
     def miss(candidates: Tensor) -> Tensor:
         """[rows, candidates] objective; `candidates` [rows, candidates, experts]."""
         values = []
         for one in candidates.unbind(1):
-            fused = torch.log_softmax(base + (one[..., None] * shifts).sum(1), -1)
-            ahead, behind = (fused.exp() * (fused - logp)).sum(-1, keepdim=True), (logp.exp() * (logp - fused)).sum(-1, keepdim=True)
+            fused = torch.log_softmax(logp + (one[..., None] * shifts).sum(1), -1)
+            ahead, behind = _kl(fused, logp)[:, None], _kl(logp, fused)[:, None]
             values.append(((ahead - moved) ** 2 + (behind - back) ** 2).sum(-1))
         return torch.stack(values, 1)
 
-    rows, number = shifts.shape[:2]
-    steps = torch.tensor(grid, device=base.device)
-    if rule == "grid" or number == 1:
-        table = torch.tensor(list(itertools.product(grid, repeat=number)), device=base.device)
-        return _best(table.expand(rows, -1, -1), miss)
-    if rule == "one":
-        table = torch.cat([torch.eye(number, device=base.device)[t] * steps[:, None] for t in range(number)])
-        return _best(table.expand(rows, -1, -1), miss)
-    found = torch.ones(rows, number, device=base.device) / number
-    for _ in range(3):
+    rows, number = experts.shape[:2]
+    steps = torch.tensor(grid, device=base.device, dtype=torch.float64)
+    if rule == "grid" and number > 1:
+        table = torch.tensor(list(itertools.product(grid, repeat=number)), device=base.device, dtype=torch.float64)
+        return _best(table.expand(rows, -1, -1), miss).float()
+    table = torch.cat([torch.eye(number, device=base.device, dtype=torch.float64)[t] * steps[:, None] for t in range(number)])
+    found = _best(table.expand(rows, -1, -1), miss)
+    for _ in range(3 if rule == "descent" and number > 1 else 0):
         for t in range(number):
             candidates = found[:, None].repeat(1, len(grid), 1)
             candidates[..., t] = steps
             found = _best(candidates, miss)
-    return found
+    return found.float()
+
+
+def _kl(a: Tensor, b: Tensor) -> Tensor:
+    """KL of two log-distributions over the last dimension."""
+    return (a.exp() * (a - b)).sum(-1)
 
 
 def _best(candidates: Tensor, miss: Callable[[Tensor], Tensor]) -> Tensor:
-    """The candidate of least objective; among (nearly) equal ones that whose alphas sum nearest to 1."""
+    """The candidate of least objective; among equal ones (up to rounding) that whose alphas sum nearest to 1."""
     values = miss(candidates)
     least = values.min(1, keepdim=True).values
-    tied = values <= least + 1e-9 * (1 + least)
+    tied = values <= least * (1 + 1e-9) + 1e-14
     distance = (candidates.sum(-1) - 1).abs().masked_fill(~tied, torch.inf)
     return candidates.gather(1, distance.argmin(1)[:, None, None].expand(-1, 1, candidates.shape[-1]))[:, 0]
 
@@ -124,19 +138,33 @@ class Fused(Wrapped):
     """The large model, steered by the small ones at every token."""
 
     def __init__(self, family: CausalLM, companions: SequenceOf[CausalLM], method: LogitsFusion) -> None:
-        super().__init__(family)
-        self.companions, self.method = list(companions), method
+        super().__init__(family, companions)
+        self.method = method
 
-    def _fuse(self, large: Tensor, small: Tensor, *experts: Tensor) -> Tensor:
+    def _fuse(self, large: Tensor, small: Tensor, *experts: Tensor) -> tuple[Tensor, Tensor]:
         m = self.method
-        return logits_fusion(large, small, experts, None if m.alpha == "dynamic" else float(m.alpha), tuple(m.grid), m.rule)[0]
+        return logits_fusion(large, small, experts, None if m.alpha == "dynamic" else float(m.alpha), tuple(m.grid), m.rule)
 
     def _generate(self, prompts: list[Any], decode: Decode, n: int) -> list[list[Answer]]:
+        """Every answer's `info["alpha"]` holds its tokens' weights, one a token and expert."""
         step = LockStep(self.companions, left_mask(prompts))
-        return super()._generate(prompts, replace(decode, processors=[lambda ids, scores: self._fuse(scores, *step.next_logits(ids)), *decode.processors]), n)
+        weights: list[Tensor] = []
+
+        def fuse(ids: Tensor, scores: Tensor) -> Tensor:
+            fused, alpha = self._fuse(scores, *step.next_logits(ids))
+            weights.append(alpha.cpu())
+            return fused
+
+        answers = super()._generate(prompts, replace(decode, processors=[fuse, *decode.processors]), n)
+        table = torch.stack(weights, 1).numpy() if weights else np.zeros((len(prompts) * n, 0, len(self.companions) - 1))
+        for row, answer in enumerate(answer for group in answers for answer in (group if decode.temperature > 0 else group[:1])):
+            answer.info["alpha"] = table[row, : len(answer.ids)]
+        return answers
 
     def score(self, batch: Any) -> TokenScores:
-        return FusedScores(super().score(batch), [c.score(batch) for c in self.companions], self._fuse)
+        with self.evaluating():
+            companions = [c.score(batch) for c in self.companions]
+        return FusedScores(super().score(batch), companions, lambda *logits: self._fuse(*logits)[0])
 
 
 @register("logits-fusion", paper=48)
@@ -164,6 +192,8 @@ class LogitsFusion(Decoder):
     toy_models: ClassVar[tuple[str, ...]] = ("small", "expert")
 
     def __post_init__(self) -> None:
+        if isinstance(self.alpha, str) and self.alpha != "dynamic":
+            raise RecipeError(f"logits-fusion.alpha is 'dynamic' or a number, not {self.alpha!r}.")
         if not self.experts or not self.grid:
             raise RecipeError("logits-fusion needs at least one expert and one weight in `grid`.")
         if self.rule == "grid" and len(self.grid) ** len(self.experts) > 2000:
@@ -171,6 +201,11 @@ class LogitsFusion(Decoder):
 
     def wrap(self, models: Mapping[str, Family] | Family, ctx: Context | None = None) -> Family:
         main = main_model(models, "logits-fusion")
-        others = {name: other_model(models, name, ctx, "logits-fusion") for name in (self.small, *self.experts)}
+        given = models.get("experts") if isinstance(models, Mapping) else None
+        others = {self.small: other_model(models, self.small, ctx, "logits-fusion")}
+        if given is not None:
+            others |= {f"experts[{i}]": expert for i, expert in enumerate(given)}  # type: ignore[arg-type]
+        else:
+            others |= {name: other_model(models, name, ctx, "logits-fusion") for name in self.experts}
         same_vocabulary(main, others, "logits-fusion")
         return Fused(main, list(others.values()), self)

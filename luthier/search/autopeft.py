@@ -138,7 +138,7 @@ class AutoPEFT(Searcher):
 
     def _names(self, metrics: list[Mapping[str, float]]) -> tuple[list[str], list[str]]:
         known = list(metrics[0])
-        up = self.maximise or [n for n in known if n in ("score", "task/exact_match", "task/accuracy", "task/score", "task/recall_at_1")][:1]
+        up = self.maximise or [n for n in known if n in ("score", "task/exact_match", "task/accuracy", "task/score", "task/recall_at_1", "task/pair_accuracy")][:1]
         down = self.minimise if self.minimise is not None else [n for n in known if n in ("parameters", "trained_share")][:1]
         for name in (*up, *down):
             if name not in known:

@@ -168,10 +168,10 @@ def count(rows: Any) -> int:
     return len(rows)
 
 
-def embeddings(rows: Any, ctx: Context | None, name: str | None, **options: Any) -> np.ndarray:
-    """Vectors of the rows: a column of them if one is named, else the signal "embedding" of the run's model."""
+def embeddings(rows: Any, ctx: Context | None, name: str | None, embedder: str | None = None, **options: Any) -> np.ndarray:
+    """Vectors of the rows: a column of them if one is named, else the signal "embedding" of the run's model or of `embedder`."""
     if name is not None:
         return np.asarray([np.asarray(v, np.float32).ravel() for v in named_column(rows, name)])
     if ctx is None:
         raise RecipeError("Embeddings are needed: run this within a recipe, or name a column that holds them with `embeddings:`.")
-    return ctx.signal("embedding", rows, **options)
+    return ctx.signal("embedding", rows, **options, **({} if embedder is None else {"embedder": embedder}))

@@ -85,8 +85,10 @@ class KMeansQuality(Selector):
     """How scores become cluster weights."""
     embeddings: str | None = None
     """Column with vectors; empty: the model's own embeddings."""
+    embedder: str | None = None
+    """A helper, one of `models:` or a model to load that embeds the rows' texts in the run's model's place (minilm ...)."""
     text: Literal["prompt", "completion", "both"] = "prompt"
-    """What the model embeds."""
+    """What is embedded."""
     restarts: int = 5
     """Of k-means."""
     max_new_tokens: int = 64
@@ -131,8 +133,8 @@ class KMeansQuality(Selector):
 
     def _labels(self, rows: Any, n: int, ctx: Context | None) -> np.ndarray:
         k = self.clusters or max(1, min(512 if self.rounds > 1 else 1024, n // 10))
-        options = {"text": self.text} if self.embeddings is None else {}
-        return kmeans(embeddings(rows, ctx, self.embeddings, **options), min(k, n), seed=0 if ctx is None else ctx.seed, restarts=self.restarts)[0]
+        vectors = embeddings(rows, ctx, self.embeddings, self.embedder, text=self.text)
+        return kmeans(vectors, min(k, n), seed=0 if ctx is None else ctx.seed, restarts=self.restarts)[0]
 
     def _weights(self, rows: Any, labels: np.ndarray, before: np.ndarray, k: int, ctx: Context | None, memory: dict[str, Any]) -> np.ndarray:
         """Uniform in the first round, later by what the tuned model has yet to learn."""

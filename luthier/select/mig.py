@@ -292,7 +292,7 @@ class MIG(Selector):
     quality: str | None = None
     """Column with each row's quality; `loss`: 1 / perplexity under the run's model, where no column has that name; empty: all alike."""
     tag_embeddings: str | None = None
-    """A json file {tag: vector}; empty: no tag is near another (clusters: their centres)."""
+    """A json file {tag: vector}; empty: by `embedder`, and without one no tag is near another (clusters: their centres)."""
     threshold: float = 0.9
     """Least cosine of near tags."""
     propagation: float = 1.0
@@ -313,6 +313,8 @@ class MIG(Selector):
     """How many clusters stand in for tags."""
     embeddings: str | None = None
     """Column with vectors for the clusters; empty: the model's own embeddings."""
+    embedder: str | None = None
+    """A helper, one of `models:` or a model to load (minilm ...) that embeds the tags' words, or where there are no tags the rows' texts."""
 
     toy: ClassVar[dict[str, Any]] = {"clusters": 3}
 
@@ -326,6 +328,8 @@ class MIG(Selector):
     def select(self, rows: Any, budget: int | float | str, ctx: Context | None = None) -> Picks:
         n = count(rows)
         wanted = budget_of(budget, n)
+        if not n:
+            return Picks(np.zeros(0, np.int64))
         quality = self._quality(rows, n, ctx)
         tags, vectors = self._tags(rows, ctx)
         picked, facts = mig(
@@ -357,8 +361,13 @@ class MIG(Selector):
                     vectors = json.loads(Path(self.tag_embeddings).read_text(encoding="utf-8"))
                 except (OSError, ValueError) as error:
                     raise RecipeError(f"mig.tag_embeddings names {self.tag_embeddings}, which cannot be read as json: {error}") from error
-            return named_column(rows, self.tags), vectors
-        labels, centres = kmeans(embeddings(rows, ctx, self.embeddings), min(self.clusters, max(1, count(rows))), seed=0 if ctx is None else ctx.seed)
+            tags = named_column(rows, self.tags)
+            if vectors is None and self.embedder is not None and ctx is not None:
+                words = sorted({str(t) for row in tags for t in _as_tags(row)})
+                found = ctx.signal("embedding", [{"text": w} for w in words], embedder=self.embedder)
+                tags, vectors = [[str(t) for t in _as_tags(row)] for row in tags], dict(zip(words, found))
+            return tags, vectors
+        labels, centres = kmeans(embeddings(rows, ctx, self.embeddings, self.embedder), min(self.clusters, max(1, count(rows))), seed=0 if ctx is None else ctx.seed)
         # about their mean: the vectors of a language model all point one way, and every cluster would be near every other
         centres = centres - np.nanmean(centres, axis=0)
         return [[int(c)] for c in labels], {c: centres[c] for c in range(len(centres))}

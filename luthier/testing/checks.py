@@ -44,7 +44,7 @@ def selects_from_few(case: Case) -> None:
         return
     one = case.build().select(case.rows(1), 1, case.context(n=1))
     ensure(one.indices.tolist() == [0], "a pool of one row is not handled")
-    none = allowed(lambda: case.build().select(case.rows(6).take([]), 0, case.context()))
+    none = allowed(case.build().select, case.rows(6).take([]), 0, case.context())
     ensure(none is None or len(none.indices) == 0, "it chooses from an empty pool")
 
 
@@ -79,7 +79,7 @@ def makes_rows_of_few(case: Case) -> None:
     """One row, and none: rows, or a sentence that says why not."""
     verb = "curate" if case.cls.axis == "curate" else "synthesize"
     for n in (1, 0):
-        made = allowed(lambda n=n: getattr(case.build(), verb)(case.rows(6).take(range(n)), case.context()))
+        made = allowed(getattr(case.build(), verb), case.rows(6).take(range(n)), case.context())
         ensure(made is None or all(hasattr(r, "keys") for r in made), "what it makes are no rows")
 
 
@@ -89,7 +89,9 @@ def makes_rows_of_few(case: Case) -> None:
 def trains_what_it_names(case: Case) -> None:
     for one in case.families():
         model, plugin = one.model(), one.build()
-        parts = plugin.attach(model, one.context(model))
+        parts = plugin.attach(model, one.context(model)) if one is case else allowed(plugin.attach, model, one.context(model))
+        if parts is None:
+            continue
         named = {id(p) for g in parts.groups for p in g.params.values()}
         ensure(named, "no parameter is in a group")
         known = {id(p) for p in model.all_modules().parameters()} | {id(p) for m in parts.modules.values() for p in m.parameters()}
@@ -116,9 +118,8 @@ def switches_off_exactly(case: Case) -> None:
         model, plugin = one.model(), one.build()
         with torch.no_grad():
             before = _outputs(one, model.eval())
-        plugin.attach(model, one.context(model))
-        if not plugin.switchable:
-            return
+        if not plugin.switchable or allowed(plugin.attach, model, one.context(model)) is None:
+            continue
         with torch.no_grad():
             for parameter in model.network.parameters():
                 if parameter.requires_grad:
@@ -131,7 +132,7 @@ def switches_off_exactly(case: Case) -> None:
 def adapts_bfloat16(case: Case) -> None:
     model, plugin = case.model(), case.build()
     model.network.to(torch.bfloat16)
-    allowed(lambda: plugin.attach(model, case.context(model)))
+    allowed(plugin.attach, model, case.context(model))
     ensure(torch.isfinite(_outputs(case, model)).all(), "a bfloat16 model's outputs are not finite")
 
 
@@ -236,7 +237,7 @@ def merges_plain_dicts(case: Case) -> None:
 def merges_bfloat16(case: Case) -> None:
     base = {"a": torch.randn(8, 8).bfloat16(), "b": torch.randn(8).bfloat16()}
     tuned = [{n: (p.float() + 0.1 * torch.randn(p.shape)).bfloat16() for n, p in base.items()} for _ in range(2)]
-    merged = allowed(lambda: dict(case.build().merge(base, tuned, case.context())))
+    merged = allowed(case.build().merge, base, tuned, case.context())
     ensure(merged is None or all(merged[n].dtype == torch.bfloat16 and torch.isfinite(merged[n]).all() for n in base), "half-precision tensors do not merge into finite ones of their type")
 
 
@@ -283,7 +284,7 @@ def measures_one_row(case: Case) -> None:
     for one in case.families():
         model = one.model()
         with model.evaluating():
-            found = allowed(lambda one=one, model=model: one.build().measure(model, one.rows(1), one.context(model, n=1)))
+            found = allowed(one.build().measure, model, one.rows(1), one.context(model, n=1))
         ensure(found is None or all(v is None or math.isfinite(v) for v in found.numbers.values()), f"a number of a single row is not finite on a {one.family}")
 
 
@@ -300,10 +301,10 @@ def searches(case: Case) -> None:
 
 
 
-def allowed(work: Callable[[], Any]) -> Any:
+def allowed(work: Callable[..., Any], *given: Any) -> Any:
     """What the work gives; None where it is refused with a sentence."""
     try:
-        return work()
+        return work(*given)
     except UserError:
         return None
 

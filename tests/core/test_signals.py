@@ -1,15 +1,12 @@
 import numpy as np
 import pytest
 import torch
-from scipy.optimize import linear_sum_assignment
-from sklearn.neighbors import NearestNeighbors
 
 from luthier.core.context import Context
-from luthier.core.neighbours import assign, kmeans, knn
 from luthier.core.rows import Rows
 from luthier.core.signals import signal
 from luthier.errors import RecipeError
-from tests.helpers import tiny_llama, tiny_vit
+from tests.helpers import tiny_bert, tiny_llama, tiny_vit
 
 ROWS = Rows.of([{"prompt": f"w{i} w{i + 1}", "completion": f"w{i + 2} w{i}"} for i in range(5)])
 
@@ -75,25 +72,51 @@ def test_an_unknown_signal_is_answered_with_the_nearest():
         signal("embeddings", ROWS, Context(tiny_llama()))
 
 
-def test_neighbours_leave_the_point_itself_out():
-    x = np.random.default_rng(0).normal(size=(40, 3))
-    x[7] = x[3]  # a duplicate is a neighbour at distance 0
-    distance, index = knn(x, 5)
-    wanted, _ = NearestNeighbors(n_neighbors=5).fit(x).kneighbors()
-    assert np.allclose(distance, wanted) and not (index == np.arange(40)[:, None]).any()
-    assert index[7, 0] == 3 and distance[7, 0] == 0
-
-
-def test_kmeans_finds_separate_groups_and_is_seeded():
+def test_sums_lengths_and_order_with_rows_of_many_lengths():
     rng = np.random.default_rng(0)
-    x = np.concatenate([rng.normal(size=(20, 2)) + c for c in ((0, 0), (30, 0), (0, 30))])
-    labels, centres = kmeans(x, 3, seed=1)
-    assert all(len(set(labels[i : i + 20])) == 1 for i in (0, 20, 40)) and len(set(labels)) == 3
-    assert np.array_equal(labels, kmeans(x, 3, seed=1)[0]) and centres.shape == (3, 2)
-    few, _ = kmeans(np.array([[0.0], [0.0], [1.0]]), 3)
-    assert len(set(few)) == 2
+    rows = Rows.of([{"prompt": "w1 " * int(rng.integers(1, 30)), "completion": "w2 " * int(rng.integers(1, 30))} for _ in range(300)])
+    model = tiny_llama()
+    ctx = Context(model)
+    with torch.no_grad():
+        wanted = [float(-model.score(model.collate([r])).logp.sum()) for r in rows]
+    assert np.allclose(signal("loss", rows, ctx, reduce="sum"), wanted, rtol=1e-4)
+    assert signal("length", rows, ctx).tolist() == [len(model.collate([r]).sequences[0]) for r in rows]
 
 
-def test_assignment_is_the_hungarian_one():
-    cost = np.random.default_rng(0).random((6, 6))
-    assert np.array_equal(assign(cost)[1], linear_sum_assignment(cost)[1])
+def test_completions_are_read_behind_their_prompts_and_the_last_state_can_be_taken():
+    model = tiny_llama()
+    ctx = Context(model)
+    sequence = model.collate([ROWS[1]]).sequences[0]
+    with torch.no_grad():
+        hidden = model.decoder(torch.tensor(sequence.ids)[None]).last_hidden_state[0]
+    cut = int(sequence.supervised[0])
+    assert np.allclose(signal("embedding", ROWS, ctx, text="completion")[1], hidden[cut:].mean(0), atol=1e-5)
+    assert np.allclose(signal("embedding", ROWS, ctx, pooling="last")[1], hidden[-1], atol=1e-5)
+
+
+def test_a_helper_or_an_encoder_may_embed_the_texts():
+    count = lambda texts: [[t.count("w1"), len(t)] for t in texts]  # noqa: E731
+    ctx = Context(tiny_llama(), helpers={"mine": count}, models={"encoder": tiny_bert()})
+    assert signal("embedding", ROWS, ctx, embedder="mine", text="prompt").tolist() == [[1, 5], [1, 5], [0, 5], [0, 5], [0, 5]]
+    got = signal("embedding", ROWS, ctx, embedder="encoder", text="prompt")
+    assert np.allclose(got, tiny_bert().embed([r["prompt"] for r in ROWS]).detach().numpy(), atol=1e-5)
+
+
+def test_unprojected_gradients_are_autograds():
+    model = tiny_llama()
+    row = ROWS[2]
+    got = signal("gradient", [row], Context(model), sites="layers.1.mlp.up_proj", project=None)[0]
+    loss = -model.score(model.collate([row])).logp.mean()
+    wanted = torch.autograd.grad(loss, model.network.model.layers[1].mlp.up_proj.weight)[0].flatten().numpy()
+    assert np.allclose(got, wanted, atol=1e-6)
+    unit = signal("gradient", [row], Context(model), project=64, normalise=True)
+    assert unit.shape == (1, 64) and np.linalg.norm(unit) == pytest.approx(1, abs=1e-5)
+
+
+def test_a_broken_file_is_made_anew(tmp_path, monkeypatch):
+    monkeypatch.setenv("LUTHIER_CACHE", str(tmp_path))
+    ctx = Context(tiny_llama())
+    first = np.array(signal("loss", ROWS, ctx))
+    (file,) = (tmp_path / "signals").glob("*.npy")
+    file.write_bytes(file.read_bytes()[:90])
+    assert np.array_equal(signal("loss", ROWS, ctx), first) and np.array_equal(np.load(file), first)

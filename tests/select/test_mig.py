@@ -119,6 +119,15 @@ def test_without_tags_clusters_of_embeddings_stand_in():
     assert len({rows[int(i)]["prompt"] for i in picks.indices}) >= 4
 
 
+def test_an_embedder_makes_near_tags_share():
+    vector = {"sum": [1.0, 0.0], "total": [0.99, 0.1], "poem": [0.0, 1.0]}
+    rows = [{"tags": [t], "text": t} for t in ("sum", "total", "poem")]
+    ctx = Context(None, helpers={"words": lambda texts: [vector[t] for t in texts]})
+    picks = MIG(tags="tags", embedder="words").select(rows, 2, ctx)
+    assert picks.indices.tolist() == [0, 2] and picks.why["edges"] == 1
+    assert MIG(tags="tags").select(rows, 2, ctx).indices.tolist() == [0, 1]
+
+
 def test_quality_may_be_the_models_own_certainty():
     rows = Rows.of([{"prompt": "w1", "completion": f"w{i}", "tags": ["a"]} for i in range(8)])
     ctx = Context(tiny_llama())
