@@ -55,9 +55,10 @@ def register(name: str, paper: int | tuple[int, ...] = (), wraps: str | None = N
 
     def add(cls: T) -> T:
         axis = axis_of(cls)
-        cls.axis, cls.name = axis, name
-        cls.papers = (paper,) if isinstance(paper, int) else tuple(paper)
-        cls.wraps = wraps
+        marked: Any = cls  # any class; the marks are `Plugin`'s class variables
+        marked.axis, marked.name = axis, name
+        marked.papers = (paper,) if isinstance(paper, int) else tuple(paper)
+        marked.wraps = wraps
         _registered[axis, name] = cls
         return cls
 

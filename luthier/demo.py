@@ -29,8 +29,12 @@ select: {{method: mig, budget: {budget}, tags: tags}}      # every language and 
 adapt: {{method: lora, rank: 16, alpha: 32}}
 objective: sft
 optimize: {{method: adamw, lr: 1e-3}}
-train: {{epochs: 1, batch: 12, tokens_per_micro_batch: 1024, seed: 0, schedule: cosine, warmup: 0.05}}
-measure: [task, forgetting, calibration, weights]
+train: {{epochs: 1, batch: 16, tokens_per_micro_batch: 1280, seed: 0, schedule: cosine, warmup: 0.05}}
+measure:
+  - {{method: task, max_new_tokens: 13, limit: 60}}
+  - {{method: forgetting, max_new_tokens: 10}}
+  - {{method: calibration, max_new_tokens: 13, limit: 60}}
+  - weights
 """
 
 GENERAL = (
@@ -51,7 +55,8 @@ def dates(languages: tuple[str, ...], n: int, seed: int) -> list[dict[str, Any]]
     except ImportError as error:
         raise UserError("The demonstration needs Babel: pip install 'luthier[demo]'.") from error
     rng = np.random.default_rng(seed)
-    first, seen, rows = datetime.date(1950, 1, 1), set(), []
+    first, seen = datetime.date(1950, 1, 1), set[str]()
+    rows: list[dict[str, Any]] = []
     while len(rows) < n:
         day = first + datetime.timedelta(days=int(rng.integers(0, 36_525)))
         language, form = str(rng.choice(languages)), str(rng.choice(FORMATS))
@@ -65,7 +70,7 @@ def dates(languages: tuple[str, ...], n: int, seed: int) -> list[dict[str, Any]]
     return rows
 
 
-def write(folder: Path, train: int = 3000, test: int = 120, ood: int = 60, budget: int = 900) -> Path:
+def write(folder: Path, train: int = 3000, test: int = 60, ood: int = 40, budget: int = 640) -> Path:
     """Data and recipe of the demonstration; returns the recipe's path."""
     folder.mkdir(parents=True, exist_ok=True)
     pool = dates(SEEN, train + test, seed=0)

@@ -171,7 +171,7 @@ class _Runner:
         last = start
         for number, (entry, anew) in enumerate(self._entries()):
             here = start if anew else last
-            last = self._loop(number, entry, here, resume) if entry.loop else self._stage(entry.recipe, self._stage_folder(number, entry), here, resume)
+            last = self._loop(number, entry, here, resume) if entry.loop else self._stage(entry.recipe, self._stage_folder(number, entry), here, resume)  # type: ignore[arg-type]  # only a loop has no recipe
         if last != self.folder / "model":
             self._adopt(Path(last))
         self._measure("after", self.folder / "model", resume)
@@ -194,9 +194,10 @@ class _Runner:
         found = []
         for entry in self.recipe.stage_list():
             anew = entry.start == "base" and not entry.loop
-            rounds = 1 if entry.loop or not entry.recipe.select else int(getattr(entry.recipe.select[0].build(), "rounds", 1))
-            if rounds > 1:
-                entry = StageEntry(None, entry.name, "base", True, [entry.recipe], rounds)
+            recipe = None if entry.loop else entry.recipe
+            rounds = 1 if recipe is None or not recipe.select else int(getattr(recipe.select[0].build(), "rounds", 1))
+            if recipe is not None and rounds > 1:
+                entry = StageEntry(None, entry.name, "base", True, [recipe], rounds)
             found.append((entry, anew))
         return found
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -19,17 +18,15 @@ from luthier.optimize import Optimizer, torch_groups
 from luthier.select import Picks, Selector
 from luthier.testing import check_method
 from luthier.testing.battery import AXIS, COMMON, NotConforming
+from luthier.testing.matrix import settled
 
 ALL = [f"{e.axis}/{e.name}" for e in entries()]
 
 
 @pytest.fixture(scope="module", autouse=True)
 def few_objects_to_collect():
-    """Every run collects garbage; what the imports left need not be looked through each time."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
+    with settled():
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -83,7 +83,7 @@ def _ends(name: str, end: str) -> bool:
 
 def side_sizes(layer: nn.Module) -> tuple[int, int]:
     """(outputs, inputs) of a linear layer or a Conv1D, whose weight is transposed."""
-    rows, columns = layer.weight.shape  # type: ignore[union-attr,misc]
+    rows, columns = layer.weight.shape  # type: ignore[misc]
     return (rows, columns) if isinstance(layer, nn.Linear) else (columns, rows)
 
 

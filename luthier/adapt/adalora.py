@@ -60,7 +60,7 @@ class AdaLora(Targeted):
 
         # The run's length is not known yet; `before_step` sets it.
         return AdaLoraConfig(
-            target_r=self.rank, init_r=max(self.rank, self.start_rank), lora_alpha=self.alpha, lora_dropout=self.dropout,
+            target_r=self.rank, init_r=max(self.rank, self.start_rank), lora_alpha=self.alpha, lora_dropout=self.dropout,  # type: ignore[arg-type]  # peft says int and takes any number
             total_step=1_000_000, tinit=0, tfinal=0, deltaT=self.every, beta1=self.smoothing[0], beta2=self.smoothing[1],
             orth_reg_weight=self.orthogonal, **self.common(model),
         )  # fmt: skip

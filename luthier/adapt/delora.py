@@ -33,4 +33,4 @@ class Delora(Targeted):
     def config(self, model: Family, ctx: Context | None = None) -> Any:
         from peft import DeloraConfig
 
-        return DeloraConfig(r=self.rank, delora_lambda=self.strength, module_dropout=self.module_dropout, **self.common(model))
+        return DeloraConfig(r=self.rank, delora_lambda=self.strength, module_dropout=self.module_dropout, **self.common(model))  # type: ignore[arg-type]  # peft says int and takes any number

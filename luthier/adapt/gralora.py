@@ -38,6 +38,6 @@ class GraLora(Targeted):
         from peft import GraloraConfig
 
         return GraloraConfig(
-            r=self.rank, alpha=self.alpha, gralora_dropout=self.dropout, gralora_k=self.blocks, hybrid_r=self.hybrid,
+            r=self.rank, alpha=self.alpha, gralora_dropout=self.dropout, gralora_k=self.blocks, hybrid_r=self.hybrid,  # type: ignore[arg-type]  # peft says int and takes any number
             **self.common(model),
         )

@@ -36,6 +36,6 @@ class Loha(Targeted):
         from peft import LoHaConfig
 
         return LoHaConfig(
-            r=self.rank, alpha=self.alpha, rank_dropout=self.rank_dropout, module_dropout=self.module_dropout,
+            r=self.rank, alpha=self.alpha, rank_dropout=self.rank_dropout, module_dropout=self.module_dropout,  # type: ignore[arg-type]  # peft says int and takes any number
             **self.common(model),
         )

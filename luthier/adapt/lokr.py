@@ -40,6 +40,6 @@ class Lokr(Targeted):
         from peft import LoKrConfig
 
         return LoKrConfig(
-            r=self.rank, alpha=self.alpha, decompose_factor=self.factor, decompose_both=self.decompose_both, rank_dropout=self.rank_dropout, module_dropout=self.module_dropout,
+            r=self.rank, alpha=self.alpha, decompose_factor=self.factor, decompose_both=self.decompose_both, rank_dropout=self.rank_dropout, module_dropout=self.module_dropout,  # type: ignore[arg-type]  # peft says int and takes any number
             **self.common(model),
         )

@@ -124,7 +124,7 @@ class OwLore(Adapter):
     def _scores(self, model: Family, where: ModelMap, ctx: Context | None) -> list[float]:
         """What `owlore` makes probabilities of."""
         number = len(where.blocks)
-        linears = [where.linears(b) for b in range(number)]
+        linears: list[dict[str, Any]] = [where.linears(b) for b in range(number)]
         matrices = [[m.weight.detach() if isinstance(m, nn.Linear) else m.weight.detach().T for m in found.values()] for found in linears]
         if self.mode == "norm":
             return [float(torch.stack([w.float().norm() for w in found]).norm()) if found else 0.0 for found in matrices]

@@ -33,5 +33,5 @@ class PrefixTuning(Prompted):
 
         return PrefixTuningConfig(
             task_type="CAUSAL_LM", num_virtual_tokens=self.tokens, prefix_projection=self.hidden is not None,
-            encoder_hidden_size=self.hidden, init_weights="zero" if self.zero_start else None,
+            encoder_hidden_size=self.hidden, init_weights="zero" if self.zero_start else None,  # type: ignore[arg-type]  # peft's default for the width is None too
         )  # fmt: skip

@@ -39,6 +39,6 @@ class Psoft(Targeted):
 
         rank = min([self.rank, *(min(size) for size in self.sizes(model))])
         return PsoftConfig(
-            r=rank, psoft_alpha=rank if self.alpha is None else self.alpha, psoft_dropout=self.dropout, psoft_orth=self.orthogonal, psoft_mag_a=self.magnitudes, psoft_mag_b=self.magnitudes,
+            r=rank, psoft_alpha=rank if self.alpha is None else self.alpha, psoft_dropout=self.dropout, psoft_orth=self.orthogonal, psoft_mag_a=self.magnitudes, psoft_mag_b=self.magnitudes,  # type: ignore[arg-type]  # peft says int and takes any number
             **self.common(model),
         )

@@ -38,6 +38,6 @@ class RandLora(Targeted):
         from peft import RandLoraConfig
 
         return RandLoraConfig(
-            r=self.rank, randlora_alpha=self.alpha, randlora_dropout=self.dropout, projection_prng_key=self.seed, sparse=self.sparse == "sparse", very_sparse=self.sparse == "very_sparse",
+            r=self.rank, randlora_alpha=self.alpha, randlora_dropout=self.dropout, projection_prng_key=self.seed, sparse=self.sparse == "sparse", very_sparse=self.sparse == "very_sparse",  # type: ignore[arg-type]  # peft says int and takes any number
             **self.common(model),
         )

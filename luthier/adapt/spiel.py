@@ -220,7 +220,7 @@ class Spiel(Adapter):
         unwrapped(model, self.name)
         model.network.requires_grad_(False)
         layers = target_layers(model.network, self.targets)
-        sizes = {n: m.weight.numel() for n, m in layers.items()}  # type: ignore[union-attr,operator]
+        sizes = {n: m.weight.numel() for n, m in layers.items()}  # type: ignore[operator]
         share = self.density if self.weights is None else self.weights / max(1, sum(sizes.values()))
         if share > 1:
             raise RecipeError(f"'weights' is {self.weights}, but the targeted layers have {sum(sizes.values())} weights.")

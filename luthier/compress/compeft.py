@@ -204,7 +204,7 @@ class ComPEFT(Compressor):
 
     def _split(self, tensors: Mapping[str, Tensor], model: Family) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The adapter's own tensors; and whole tensors saved along with it, which have no small reference."""
-        prefix = getattr(model.network.base_model, "prefix", "")  # type: ignore[union-attr]
+        prefix = getattr(model.network.base_model, "prefix", "")
         rest = {n: t for n, t in tensors.items() if left_out(n, self.skip) or not t.is_floating_point() or prefix not in n}
         return {n: t for n, t in tensors.items() if n not in rest}, rest
 
@@ -259,4 +259,4 @@ def _adapter(model: Family) -> dict[str, Tensor]:
 
 
 def _active(model: Family) -> str:
-    return next(iter(model.network.active_adapters))  # type: ignore[arg-type]
+    return next(iter(model.network.active_adapters))

@@ -108,7 +108,7 @@ class Context:
         """`n` rows of a side stream, shuffled anew at every pass, reproducibly."""
         rows = self.rows(name)
         state = self.store.setdefault(f"draw/{name}", {"at": 0})
-        picked = []
+        picked: list[Mapping[str, Any]] = []
         for _ in range(n):
             lap, place = divmod(state["at"], len(rows))
             order = np.random.default_rng(seed_of(self.seed, "draw", name, lap)).permutation(len(rows))

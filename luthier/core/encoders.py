@@ -149,9 +149,9 @@ class TextEncoder(Classifies, _Texts):
         hidden, _ = self.states(sequences)
         width = hidden.shape[1]
         places = np.concatenate([s.supervised + i * width for i, s in enumerate(sequences)])
-        target = np.concatenate([s.labels[s.supervised] for s in sequences])
-        owner = np.concatenate([np.full(len(s.supervised), i) for i, s in enumerate(sequences)])
-        source, target, owner = (torch.from_numpy(v.astype(np.int64)).to(hidden.device) for v in (places, target, owner))
+        labels = np.concatenate([s.labels[s.supervised] for s in sequences])
+        owners = np.concatenate([np.full(len(s.supervised), i) for i, s in enumerate(sequences)])
+        source, target, owner = (torch.from_numpy(v.astype(np.int64)).to(hidden.device) for v in (places, labels, owners))
         return TokenScores(hidden.flatten(0, 1)[source], Head(_mask_head(self.base_network)), target, owner, len(sequences))
 
     def collate(self, rows: SequenceOf[Mapping[str, Any]], ids: Any = None, train_on: str = "completion") -> Batch:

@@ -180,7 +180,7 @@ class Engine:
         rows, ids = self.feed.next(turn)
         batches = self.feed.collate(rows, ids)
         for key, (objectives, batch) in batches.items():
-            lead = self.lead["rollout"]
+            lead: Any = self.lead["rollout"]  # an objective: it has `collate`
             if lead is not None and key is type(lead).collate:
                 with self.model.evaluating():
                     batch = lead.rollout(batch, self.ctx)
@@ -309,7 +309,7 @@ class Engine:
                     torch.distributed.all_reduce(p.grad)
             self._each("after_backward", step, self.ctx)
             params = [p for p in params if p.grad is not None]
-            norm = torch.nn.utils.get_total_norm([p.grad for p in params]) if params else torch.zeros(())
+            norm = torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None]) if params else torch.zeros(())
             step.grad_norm = float(norm)
             if not step.skip and not math.isfinite(step.grad_norm):
                 raise guard.broken(self, "The gradient is not a number", step)

@@ -196,7 +196,7 @@ def _convert(folder: Path, gguf: str) -> None:
     from luthier.core.quiet import quiet, unquantised
 
     with quiet():
-        network = transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf, dtype=torch.float32)
+        network: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file=gguf, dtype=torch.float32)
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=gguf)
     unquantised(network)
     mend_pre_tokenizer(tokenizer, folder / gguf)

@@ -77,7 +77,7 @@ class Classifies(Base):
 
     def label_ids(self, rows: SequenceOf[Mapping[str, Any]]) -> Tensor | None:
         """The rows' `label` column as class numbers (a list of numbers: as it is, for soft and multiple labels); None without one."""
-        given = [row.get("label") for row in rows]
+        given: list[Any] = [row.get("label") for row in rows]
         if all(v is None for v in given):
             return None
         if any(isinstance(v, (list, tuple)) or (hasattr(v, "ndim") and v.ndim == 1) for v in given):
@@ -186,7 +186,7 @@ def _name(config: Any, names: list[str]) -> None:
     config.problem_type = None
 
 
-def _rehead(network: nn.Module, names: list[str]) -> None:
+def _rehead(network: Any, names: list[str]) -> None:
     """Replace the last linear layer of the head, and draw the head's other layers anew."""
     head_name = next(n for n in NAMES if isinstance(getattr(network, n, None), nn.Module))
     head = getattr(network, head_name)

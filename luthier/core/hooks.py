@@ -57,7 +57,7 @@ def tap(
             if new is None:
                 return None
             if place is None:
-                return args, {**kwargs, key: new}
+                return args, {**kwargs, key: new}  # type: ignore[misc]
             return (*args[:place], new, *args[place + 1 :]), kwargs
 
         return hook

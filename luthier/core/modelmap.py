@@ -46,7 +46,7 @@ _KINDS: dict[str, str] = {
 class Heads(NamedTuple):
     """How attention is split: query heads, the width of one, and the key/value heads they share."""
 
-    count: int
+    count: int  # type: ignore[assignment]
     dim: int
     kv: int
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from luthier.core.encoders import DualEncoder, ImageClassifier, TextEncoder
@@ -64,7 +65,7 @@ def wrap(network: nn.Module, processor: Any = None, source: str = "") -> Family:
     """A family around a network in memory; `processor` is its tokenizer or image processor."""
     if not isinstance(network, nn.Module):
         raise ModelError(f"A model must be a torch module, not a {type(network).__name__}.")
-    inner = network.get_base_model() if hasattr(network, "peft_config") else network
+    inner: Any = network.get_base_model() if hasattr(network, "peft_config") else network  # type: ignore[operator]
     kind = family_of(getattr(inner, "config", None), [type(inner).__name__])
     made = {"causal-lm": CausalLM, "text-encoder": TextEncoder, "image-classifier": ImageClassifier, "dual-encoder": DualEncoder}[kind]
     return _ready(made(network, processor, source))
@@ -95,7 +96,7 @@ def family_of(config: Any, architectures: list[str] | None = None) -> str:
 def _read(place: Place, dtype: torch.dtype, attention: str, remote: bool, tokenizer: str | None = None) -> Family:
     import transformers
 
-    where = {"pretrained_model_name_or_path": str(place.path or place.source), "trust_remote_code": remote}
+    where: dict[str, Any] = {"pretrained_model_name_or_path": str(place.path or place.source), "trust_remote_code": remote}
     if place.gguf:
         where["gguf_file"] = place.gguf
     if place.path is not None:
@@ -117,7 +118,7 @@ def _read(place: Place, dtype: torch.dtype, attention: str, remote: bool, tokeni
     return dressed(family, tokenizer, None, remote)
 
 
-def _network(transformers: Any, config: Any, kind: str, where: dict[str, Any], dtype: torch.dtype, attention: str) -> tuple[nn.Module, dict[str, Any], list[str]]:
+def _network(transformers: Any, config: Any, kind: str, where: dict[str, Any], dtype: torch.dtype, attention: str) -> tuple[Any, dict[str, Any], list[str]]:
     name = (getattr(config, "architectures", None) or [""])[0]
     auto = {"causal-lm": "AutoModelForCausalLM", "image-classifier": "AutoModelForImageClassification", "dual-encoder": "AutoModel"}.get(kind)
     if kind == "text-encoder":
@@ -184,7 +185,7 @@ def dressed(family: Family, tokenizer: str | None, template: str | None, remote:
         file = Path(template).expanduser() if "\n" not in template and "{" not in template else None
         if file is not None and not file.is_file():
             raise ModelError(f"The chat template {file} does not exist; give a .jinja file or the template itself.")
-        family.tokenizer.chat_template = template if file is None else file.read_text(encoding="utf-8")
+        family.tokenizer.chat_template = template if file is None else file.read_text(encoding="utf-8")  # type: ignore[attr-defined]
     return family
 
 
@@ -270,7 +271,7 @@ def _sentences(place: Place) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         text = first_line(error)
         if "trust_remote_code" in str(error):
             text = "it brings code of its own, which only runs if you ask for it with trust_remote_code=True."

@@ -59,13 +59,13 @@ class Preflight:
     longest: int = 0
     where_longest: str = ""
 
-    def lines(self, colour: bool = False, most: int = SHOWN) -> list[str]:
+    def lines(self, colour: bool = False, most: int = SHOWN, table: bool = True) -> list[str]:
         """The table and the notices, for a terminal or as plain text."""
         facts = []
         if self.examined:
             part = "" if self.examined == len(self.rows) else f" (examined: {self.examined})"
             facts = [f"{len(self.rows)} rows{part}, {self.tokens:.0f} tokens a row, {self.learned:.0f} of them learned; the longest is {self.where_longest} with {self.longest}."]
-        return facts + table_lines(self.table, colour, most) + self.notices
+        return facts + (table_lines(self.table, colour, most) if table else []) + self.notices
 
 
 def preflight(
@@ -238,6 +238,20 @@ def table_lines(tokens: list[Token], colour: bool = False, most: int = SHOWN) ->
     return lines
 
 
+def running_text(tokens: list[Token], colour: bool = False) -> list[str]:
+    """The row as running text, what is learned between >> and <<."""
+    if not tokens:
+        return []
+    parts, learning = [], False
+    for token in tokens:
+        if token.learned != learning:
+            learning = token.learned
+            parts.append((f"{GREEN}>>" if learning else f"<<{PLAIN}") if colour else (">>" if learning else "<<"))
+        parts.append("".join(c if c.isprintable() else "\\n" if c == "\n" else repr(c)[1:-1] for c in token.text))
+    parts.append("" if not learning else f"<<{PLAIN}" if colour else "<<")
+    return ["One row as the model reads it, >>what is learned<< marked:", "  " + "".join(parts)]
+
+
 def _left_out(tokens: list[Token], most: int) -> range:
     """The middle of the stretch before the first learned token, else the middle of all."""
     surplus = len(tokens) - most
@@ -258,15 +272,27 @@ def before_training(start: Any, rows: Any, recipe: Any) -> list[str]:
     if rows is None or not len(rows):
         return []
     from luthier.core.models import load
+    from luthier.select import budget_of
 
     family = start if hasattr(start, "network") else load(start, device=recipe.train.device)
     data, train = recipe.data, recipe.train
     found = preflight(rows, family, data.train_on, data.max_length, getattr(data, "too_long", "stop"))
-    steps = train.steps or max(1, round(-(-len(found.rows) // train.batch) * train.epochs))
+    learned_from = budget_of(recipe.budget, len(found.rows)) if recipe.select else len(found.rows)
+    steps = train.steps or max(1, round(-(-learned_from // train.batch) * train.epochs))
     rank = next((r for c in recipe.adapt if isinstance(r := c.options.get("rank", getattr(c.build(), "rank", None)), int)), None)
     cost = estimate(
         family, found.rows, train.batch, steps, low_rank_size(family, rank) if rank else None, tokens_per_micro_batch=train.tokens_per_micro_batch,
-        tokens_per_row=found.tokens or None, checkpointing=train.gradient_checkpointing,
+        tokens_per_row=found.tokens * _computed_share(family, found.rows, train, data.train_on) or None, checkpointing=train.gradient_checkpointing,
     )  # fmt: skip
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    return found.lines(colour) + cost.sentences
+    return [*found.lines(colour, table=False), *running_text(found.table, colour), *cost.sentences]
+
+
+def _computed_share(family: Family, rows: Rows, train: Any, train_on: str) -> float:
+    """The share of a batch's tokens that is computed: rows that begin alike share their beginning."""
+    if not hasattr(family, "forest"):
+        return 1.0
+    batch = family.collate([rows[i] for i in range(min(len(rows), train.batch))], train_on=train_on)
+    parts = batch.split(train.tokens_per_micro_batch)
+    total = sum(len(s) for s in batch.sequences)
+    return 1 - sum(family.forest(p.sequences).shared for p in parts if p.sequences) / total if total else 1.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -278,7 +278,7 @@ class _CountSketch:
         return torch.zeros(self.k).index_add_(0, self.place, flat * (2.0 * self.sign - 1))
 
 
-SIGNALS: Mapping[str, Callable[..., Iterable[Any]]] = {
+SIGNALS: dict[str, Callable[..., Parts]] = {
     "embedding": _embedding, "loss": _row_scores("loss"), "perplexity": _row_scores("perplexity"), "entropy": _row_scores("entropy"),
     "hit": _row_scores("hit"), "length": _length, "gradient": _gradient,
 }  # fmt: skip

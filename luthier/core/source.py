@@ -266,7 +266,7 @@ def compatible(base: Any, tuned: Any, skip: Iterable[str] = ()) -> None:
     order = {name: i for i, name in enumerate([*base, *extra])}
     first = min([*missing, *extra, *other], key=order.__getitem__)
     how = (
-        f"{list(base.meta(first)[0])} in the base, {list(tuned.meta(first)[0])} in the other" if first in other  # type: ignore[index]
+        f"{list(base.meta(first)[0])} in the base, {list(tuned.meta(first)[0])} in the other" if first in other
         else "only in the base" if first in missing else "not in the base"
     )  # fmt: skip
     raise ModelError(

@@ -179,14 +179,13 @@ class Stage:
         return changed
 
     def _select(self, rows: Rows, ctx: Context) -> Rows:
-        from luthier.core.plugin import Plugin
         from luthier.select import Selector
 
         if self.selector is None or type(self.selector).select is Selector.select:
             return rows
-        assert isinstance(self.selector, Plugin)
+        assert isinstance(self.selector, Selector)
         with ctx.current.evaluating():  # type: ignore[union-attr]
-            picks = self.selector.select(rows, self.recipe.budget, ctx)
+            picks = self.selector.select(rows, self.recipe.budget, ctx)  # type: ignore[arg-type]  # `budget_of` refuses a missing budget
         chosen = rows.take(picks.indices)
         if picks.weights is not None:
             chosen = Rows([{**r, "weight": float(w)} for r, w in zip(chosen, picks.weights)], ids=chosen.ids, name="train", source=rows.source)
@@ -308,7 +307,8 @@ class Evaluator:
     """The validation score of a state dict: accuracy for classifiers, minus the mean token loss for language models."""
 
     def __init__(self, stage: Stage, ctx: Context) -> None:
-        self.stage, self.ctx, self.scratch = stage, ctx, None
+        self.stage, self.ctx = stage, ctx
+        self.scratch: Family | None = None
 
     def __call__(self, source: Any) -> float:
         rows = self.ctx.rows("val")

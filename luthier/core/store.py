@@ -89,7 +89,7 @@ class Store(dict[str, Any]):
         return {k: v.state_dict() if isinstance(v, (Queue, RowTable)) else v for k, v in self.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        kinds = {"queue": Queue, "table": RowTable}
+        kinds: dict[str, type[Queue] | type[RowTable]] = {"queue": Queue, "table": RowTable}
         self.clear()
         for key, value in state.items():
             kind = kinds.get(value.get("kind", "")) if isinstance(value, dict) else None

@@ -66,7 +66,8 @@ def same_vocabulary(main: CausalLM, others: Mapping[str, CausalLM], who: str) ->
             raise ModelError(f"'{who}' runs models in lock-step, which a prompt-tuned one ('{name}') cannot; tune it with LoRA, or merge it first.")
         if other.config.vocab_size != size:
             raise ModelError(f"'{who}' adds logits, so all models need one vocabulary: the model has {size} tokens, '{name}' has {other.config.vocab_size}.")
-        words, others_words = (getattr(f.tokenizer, "get_vocab", dict)() for f in (main, other))
+        vocabularies: list[dict[str, int]] = [getattr(f.tokenizer, "get_vocab", dict)() for f in (main, other)]
+        words, others_words = vocabularies
         if words and others_words and words != others_words:
             raise ModelError(f"'{who}' adds logits, so all models need one tokenizer; that of '{name}' gives other numbers to the same tokens.")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -14,7 +15,7 @@ from luthier.catalog import register
 from luthier.core.batch import Sequence
 from luthier.core.verify import verifier
 from luthier.decode import Decoder
-from luthier.decode._shared import Answer, Decode, Wrapped, main_model, other_model
+from luthier.decode._shared import Answer, Decode, Wrapped, answered, main_model, other_model
 from luthier.errors import DataError, RecipeError
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ def cascade(logps: SequenceOf[np.ndarray], score: Score = "chow-quantile", quant
 
     chow-sum: -sum_i p_i; chow-average: its mean; chow-quantile: minus the `quantile` of {p_i}, 0 the least certain token, 1 the most
     certain. An answer without tokens is certain (0)."""
-    reduce = {"chow-sum": np.sum, "chow-average": np.mean, "chow-quantile": lambda p: np.quantile(p, quantile)}[score]
+    reduce: Any = {"chow-sum": np.sum, "chow-average": np.mean, "chow-quantile": lambda p: np.quantile(p, quantile)}[score]
     return np.array([-float(reduce(np.asarray(p, float))) if len(p) else 0.0 for p in logps])
 
 
@@ -57,7 +58,9 @@ def area(curve: np.ndarray) -> float:
 
 
 class PostHocRule:
-    """A small learnt rule on the quantile features (and embeddings, if given): predicts what deferring gains."""
+    """A small learnt rule on the quantile features (and embeddings, if given): predicts what deferring gains.
+
+    "mlp": two hidden layers of 32 (ReLU); "linear": ridge or logistic regression (classes balanced); "boosting": gradient-boosted trees."""
 
     def __init__(self, learner: Literal["mlp", "boosting", "linear"] = "mlp", target: Literal["difference", "better", "wrong"] = "difference", seed: int = 0) -> None:
         self.learner, self.target, self.seed = learner, target, seed
@@ -72,10 +75,12 @@ class PostHocRule:
         x = self.scale.transform(features)
         self.constant = float(wanted[0]) if np.ptp(wanted) == 0 else None
         if self.constant is None:
-            self.model = self._learner().fit(x, wanted if self.target == "difference" else wanted.astype(int))
+            rarest = len(wanted) if self.target == "difference" else int(np.bincount(wanted.astype(int)).min())
+            self.model = self._learner(len(wanted) >= 100 and rarest >= 20).fit(x, wanted if self.target == "difference" else wanted.astype(int))
         return self
 
-    def _learner(self) -> Any:
+    def _learner(self, enough: bool) -> Any:
+        """`enough` rows to hold some out, on which the network's training stops."""
         from sklearn.ensemble import GradientBoostingClassifier, GradientBoostingRegressor
         from sklearn.linear_model import LogisticRegression, Ridge
         from sklearn.neural_network import MLPClassifier, MLPRegressor
@@ -85,7 +90,7 @@ class PostHocRule:
             return Ridge() if number else LogisticRegression(max_iter=1000, class_weight="balanced")
         if self.learner == "boosting":
             return (GradientBoostingRegressor if number else GradientBoostingClassifier)(random_state=self.seed)
-        return (MLPRegressor if number else MLPClassifier)(hidden_layer_sizes=(32, 32), max_iter=500, early_stopping=len(self.scale.mean_) > 0, random_state=self.seed)
+        return (MLPRegressor if number else MLPClassifier)(hidden_layer_sizes=(32, 32), alpha=1e-2, max_iter=500, early_stopping=enough, random_state=self.seed)
 
     def __call__(self, features: np.ndarray) -> np.ndarray:
         """Doubt of each answer: the predicted gain, or the probability that deferring is right."""
@@ -99,21 +104,24 @@ class Cascaded(Wrapped):
     """The small model answers; doubtful prompts go to the large one."""
 
     def __init__(self, small: CausalLM, large: CausalLM, method: Cascade) -> None:
-        super().__init__(small)
+        super().__init__(small, [large])
         self.large, self.method = large, method
         self.rule: PostHocRule | None = None
+        self.quantile = 0.0 if method.quantile is None else method.quantile
         self.threshold: float | None = method.threshold
 
     def generate(self, prompts: SequenceOf[Any], decode: Decode | None = None, n: int = 1, batch: int = 32) -> list[list[Answer]]:
+        """The first of a prompt's `n` answers decides where the prompt goes."""
         answers = self.inner.generate(prompts, decode, n, batch)
         doubt = self.doubt(prompts, [a[0].ids for a in answers])
-        chosen = np.flatnonzero(self._defer(doubt))
-        better = self.large.generate([prompts[i] for i in chosen], decode, n, batch) if len(chosen) else []
+        deferred = self._defer(doubt)
+        chosen = np.flatnonzero(deferred).tolist()
+        better = self.large.generate([prompts[i] for i in chosen], decode, n, batch) if chosen else []
         for i, group in zip(chosen, better):
             answers[i] = group
         for i, group in enumerate(answers):
             for answer in group:
-                answer.info |= {"doubt": float(doubt[i]), "deferred": bool(i in set(chosen.tolist()))}
+                answer.info |= {"doubt": float(doubt[i]), "deferred": bool(deferred[i])}
         return answers
 
     def _defer(self, doubt: np.ndarray) -> np.ndarray:
@@ -128,59 +136,76 @@ class Cascaded(Wrapped):
     def doubt(self, prompts: SequenceOf[Any], answers: SequenceOf[np.ndarray]) -> np.ndarray:
         """The deferral score of the small model's own answers."""
         sequences = self._answered(prompts, answers)
-        with self.inner.evaluating():
-            scores = self.inner.score(sequences)
-            logp, owner = scores.logp.double().cpu().numpy(), scores.sequence.cpu().numpy()
-        logps = [logp[owner == i] for i in range(len(sequences))]
+        logps = self._logps(sequences)
         if self.method.score != "post-hoc":
-            return cascade(logps, self.method.score, self.method.quantile)
+            return cascade(logps, self.method.score, self.quantile)
         if self.rule is None:
             raise RecipeError("The post-hoc rule of 'cascade' is learnt on validation rows; add `data: {val: FILE}`.")
-        return self.rule(self.features(logps, sequences, prompts))  # type: ignore[arg-type]
+        return self.rule(self._features(logps, sequences, prompts))
 
     def _answered(self, prompts: SequenceOf[Any], answers: SequenceOf[np.ndarray]) -> list[Sequence]:
-        made = []
-        for prompt, answer in zip(prompts, answers):
-            head = self._prompt_ids(prompt)
-            mask = np.zeros(len(head) + len(answer), bool)
-            mask[len(head) :] = True
-            made.append(Sequence(np.concatenate([head, answer]), mask))
-        return made
+        return [answered(self._prompt_ids(p), a) for p, a in zip(prompts, answers)]
 
-    def features(self, logps: Any, sequences: Any = None, prompts: Any = None) -> Any:  # type: ignore[override]
+    def _logps(self, sequences: list[Sequence]) -> list[np.ndarray]:
+        """The small model's log-probabilities of each answer's tokens."""
+        found: list[np.ndarray] = []
+        with self.inner.evaluating():
+            for part in _parts(sequences):
+                scores = self.inner.score(part)
+                logp, owner = scores.logp.double().cpu().numpy(), scores.sequence.cpu().numpy()
+                found += [logp[owner == i] for i in range(len(part))]
+        return found
+
+    def _features(self, logps: list[np.ndarray], sequences: list[Sequence], prompts: SequenceOf[Any]) -> np.ndarray:
         """What the post-hoc rule reads."""
         parts = [quantile_features(logps)]
-        if self.method.embed in ("small", "both"):
-            with self.inner.evaluating():
-                parts.append(self.inner.embed(sequences).double().cpu().numpy())
-        if self.method.embed == "both":
-            with self.large.evaluating():
-                parts.append(_first_state(self.large, [self._prompt_ids(p) for p in prompts]))
+        with self.evaluating():
+            if self.method.embed in ("small", "both"):
+                parts.append(np.concatenate([self.inner.embed(part).double().cpu().numpy() for part in _parts(sequences)]))
+            if self.method.embed == "both":
+                ids = [self.large._prompt_ids(p) for p in prompts]
+                parts.append(np.concatenate([_first_state(self.large, part) for part in _parts(ids)]))
         return np.concatenate(parts, 1)
 
     def fit(self, rows: SequenceOf[Mapping[str, Any]], verify: Any = "exact") -> Cascaded:
-        """Learn the rule (where the score is post-hoc) and set the threshold so that `rate` of these rows would be deferred."""
+        """Learn the rule (where the score is post-hoc), choose the quantile (where none is given), and set the threshold so that `rate` of
+        these rows would be deferred. The rows must be new to the small model: it is too sure of what it was trained on."""
         from luthier.core.rows import prompt_ids
 
         if not len(rows):
             raise DataError("'cascade' was given no validation rows to learn from.")
+        m = self.method
         prompts = [prompt_ids(r, self.tokenizer) for r in rows]
-        decode = Decode(max_new_tokens=self.method.max_new_tokens)
+        decode = Decode(max_new_tokens=m.max_new_tokens)
         own = self.inner.generate(prompts, decode)
-        if self.method.score == "post-hoc":
+        answers = [a[0].ids for a in own]
+        if m.score == "post-hoc" or (m.score == "chow-quantile" and m.quantile is None):
             check = verifier(verify)
             theirs = self.large.generate(prompts, decode)
             small, large = (np.array([check(a[0].text, r).score for a, r in zip(found, rows)]) for found in (own, theirs))
-            sequences = self._answered(prompts, [a[0].ids for a in own])
-            with self.inner.evaluating():
-                scores = self.inner.score(sequences)
-                logp, owner = scores.logp.double().cpu().numpy(), scores.sequence.cpu().numpy()
-            features = self.features([logp[owner == i] for i in range(len(rows))], sequences, prompts)
-            self.rule = PostHocRule(self.method.learner, self.method.target, self.method.seed).fit(features, small, large)
-        if self.method.threshold is None and 0 < self.method.rate < 1:
-            doubt = self.doubt(prompts, [a[0].ids for a in own])
-            self.threshold = float(np.quantile(doubt, 1 - self.method.rate))
+            sequences = self._answered(prompts, answers)
+            logps = self._logps(sequences)
+            if m.score == "post-hoc":
+                self.rule = PostHocRule(m.learner, m.target, m.seed).fit(self._features(logps, sequences, prompts), small, large)
+            else:
+                self.quantile = best_quantile(logps, small, large, m.seed)
+        if m.threshold is None and 0 < m.rate < 1:
+            self.threshold = float(np.quantile(self.doubt(prompts, answers), 1 - m.rate))
         return self
+
+
+def best_quantile(logps: SequenceOf[np.ndarray], small: np.ndarray, large: np.ndarray, seed: int = 0) -> float:
+    """Of 0, 0.1, ..., 1 the quantile with the largest area under the deferral curve."""
+    found = [area(deferral_curve(cascade(logps, "chow-quantile", q / 10), small, large, seed=seed)) for q in range(11)]
+    return int(np.argmax(found)) / 10
+
+
+def _parts(items: SequenceOf[Any], size: int = 32) -> list[Any]:
+    return [items[i : i + size] for i in range(0, len(items), size)]
+
+
+class _Enough(Exception):
+    """The state that was wanted is there; the rest of the forward pass is not needed."""
 
 
 def _first_state(model: CausalLM, prompts: SequenceOf[np.ndarray]) -> np.ndarray:
@@ -191,7 +216,11 @@ def _first_state(model: CausalLM, prompts: SequenceOf[np.ndarray]) -> np.ndarray
 
     site = ModelMap(model.network).blocks[0][0]
     forest = TokenForest.pack([Sequence(p, np.zeros(len(p), bool)) for p in prompts], share=False, pad=model.pad_id)
-    with torch.no_grad(), tap(model.network, [site]) as seen:
+
+    def stop(value: torch.Tensor, site: str) -> None:
+        raise _Enough
+
+    with torch.no_grad(), tap(model.network, [site], edit=stop) as seen, suppress(_Enough):
         model.hidden(forest)
     return seen[site].detach().flatten(0, 1)[forest.last().to(model.device)].double().cpu().numpy()
 
@@ -211,8 +240,8 @@ class Cascade(Decoder):
     """The large model's name under `models:`."""
     score: Literal["chow-sum", "chow-average", "chow-quantile", "post-hoc"] = "chow-quantile"
     """How doubt is measured."""
-    quantile: float = 0.0
-    """Which quantile; the best is task dependent: choose on validation rows."""
+    quantile: float | None = 0.0
+    """Which quantile; the best is task dependent, null: chosen on validation rows."""
     rate: float = 0.3
     """Share of prompts that are deferred; 0 is the small model alone, 1 the large one."""
     threshold: float | None = None
@@ -235,7 +264,7 @@ class Cascade(Decoder):
     toy: ClassVar[dict[str, Any]] = {"max_new_tokens": 4}
 
     def __post_init__(self) -> None:
-        if not 0 <= self.rate <= 1 or not 0 <= self.quantile <= 1:
+        if not 0 <= self.rate <= 1 or not 0 <= (self.quantile or 0) <= 1:
             raise RecipeError(f"cascade.rate and cascade.quantile are between 0 and 1, not {self.rate} and {self.quantile}.")
 
     def wrap(self, models: Mapping[str, Family] | Family, ctx: Context | None = None) -> Family:
@@ -243,6 +272,7 @@ class Cascade(Decoder):
         made = Cascaded(small, other_model(models, self.large, ctx, "cascade"), self)
         if ctx is not None and ctx.has_rows("val"):
             made.fit(list(ctx.rows("val")), self.verify)
-        elif self.score == "post-hoc" and ctx is not None:
-            raise RecipeError("The post-hoc rule of 'cascade' is learnt on validation rows; add `data: {val: FILE}`.")
+        elif ctx is not None and (self.score == "post-hoc" or (self.score == "chow-quantile" and self.quantile is None)):
+            what = "post-hoc rule" if self.score == "post-hoc" else "quantile"
+            raise RecipeError(f"The {what} of 'cascade' is learnt on validation rows; add `data: {{val: FILE}}`.")
         return made

@@ -201,10 +201,10 @@ class LogitsFusion(Decoder):
 
     def wrap(self, models: Mapping[str, Family] | Family, ctx: Context | None = None) -> Family:
         main = main_model(models, "logits-fusion")
-        given = models.get("experts") if isinstance(models, Mapping) else None
+        given: Any = models.get("experts") if isinstance(models, Mapping) else None
         others = {self.small: other_model(models, self.small, ctx, "logits-fusion")}
         if given is not None:
-            others |= {f"experts[{i}]": expert for i, expert in enumerate(given)}  # type: ignore[arg-type]
+            others |= {f"experts[{i}]": expert for i, expert in enumerate(given)}
         else:
             others |= {name: other_model(models, name, ctx, "logits-fusion") for name in self.experts}
         same_vocabulary(main, others, "logits-fusion")

@@ -26,10 +26,12 @@ class Measures:
     """For a number: "higher" or "lower"."""
 
 
+@dataclass(kw_only=True)
 class Measure(Plugin):
     """`measure` a model on rows; `every` k steps as well, if it is positive."""
 
     every: int = 0
+    """Measure also during training, every so many steps; 0: only before and after."""
     compares: ClassVar[bool] = False
     """It compares the tuned model with the one before (`ctx.model("base")`), so it is not run on the base itself."""
 

@@ -66,7 +66,7 @@ class ContextControl(Measure):
         if rows is None or not len(rows) or not {"question", "context", "answer"} <= set(rows[0]):
             return Measures(notes=["context-control needs test rows with question, context and answer."])
         given = [dict(rows[i]) for i in range(min(self.limit, len(rows)))]
-        built = given if "kind" in given[0] else self._build(given)
+        built: SequenceOf[Mapping[str, Any]] = given if "kind" in given[0] else self._build(given)
         known = self._known(built, model, ctx)
         answers = self._answers(model, [r["prompt"] for r in built])
         gold = [r.get("gold", r["answer"]) for r in built]

@@ -70,7 +70,7 @@ class IntruderDimensions(Measure):
 
     def compare(self, base: Mapping[str, Tensor], tuned: Mapping[str, Tensor]) -> Measures:
         """The measure on two state dicts."""
-        table = []
+        table: list[dict[str, Any]] = []
         for name, after in tuned.items():
             block = block_index(name)[0]
             if name not in base or after.ndim != 2 or block is None or min(after.shape) < self.min_size or torch.equal(base[name], after):

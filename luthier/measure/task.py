@@ -58,6 +58,7 @@ class Task(Measure):
 
     def _stream(self, model: Family, rows: list[Any], ctx: Context | None, stream: str, out: Measures) -> None:
         prefix = "" if stream == "test" else f"{stream}_"
+        scores: np.ndarray | list[Any]
         if "chosen" in rows[0] and "score" in model.verbs:
             scores, name = _preferred(model, rows), "pair_accuracy"
         elif "generate" in model.verbs:

@@ -32,7 +32,7 @@ def effective_rank(matrix: Tensor) -> float:
 def weights(base: Mapping[str, Tensor], tuned: Mapping[str, Tensor], ranks: int = 0) -> list[dict[str, Any]]:
     """For every floating tensor: ||delta||, ||delta|| / ||base||, share of entries changed, and for up to `ranks` of the most moved
     matrices the effective rank of delta. Names must agree; tensors that exist on one side only are skipped."""
-    table = []
+    table: list[dict[str, Any]] = []
     for name in tuned:
         if name not in base or not torch.is_floating_point(tuned[name]) or base[name].shape != tuned[name].shape:
             continue

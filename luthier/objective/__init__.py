@@ -27,7 +27,7 @@ class Objective(Plugin):
 
     def collate(self, rows: SequenceOf[Mapping[str, Any]], ids: Any, ctx: Context) -> Batch:
         """Rows to a batch. Objectives with the same collate share one batch and its preparation."""
-        return ctx.current.collate(rows, ids, train_on=ctx.train_on)
+        return ctx.current.collate(rows, ids, train_on=ctx.train_on)  # type: ignore[union-attr]
 
     def together(self, batch: Batch) -> list[list[int]]:
         """Groups of rows that must stay in one micro-batch."""
@@ -71,7 +71,7 @@ class Policy(Objective):
 class Contrastive(Objective):
     """Objectives on pairs of things that belong together. The batch is one set of candidates and is not split."""
 
-    columns = (frozenset({"anchor", "positive"}),)
+    columns: ClassVar[tuple[frozenset[str], ...]] = (frozenset({"anchor", "positive"}),)
     families = frozenset({"text-encoder", "causal-lm", "dual-encoder"})
     whole_batch = True
 

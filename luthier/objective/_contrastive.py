@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -62,7 +62,7 @@ def cached(embed: Callable[[Batch], list[Tensor]], batch: Batch, chunk: int, los
         torch.set_rng_state(state)
         columns_here = embed(piece)
         size = len(columns_here[0])
-        surrogate = sum((c * g[start : start + size]).sum() for c, g in zip(columns_here, grads))
+        surrogate: Any = sum((c * g[start : start + size]).sum() for c, g in zip(columns_here, grads))
         start += size
         shown = term.total.detach() if number == 0 else torch.zeros(())
         name = next(iter(whole.terms))

@@ -52,6 +52,8 @@ class InfoNCE(Contrastive):
     chunk: int = 0
     """Rows embedded at a time with cached gradients; 0 embeds the batch at once."""
 
+    columns = (frozenset({"anchor", "positive"}), frozenset({"image", "text"}))
+
     def __post_init__(self) -> None:
         if self.temperature <= 0 or self.chunk < 0:
             raise RecipeError(f"info-nce needs temperature > 0 and chunk >= 0, not {self.temperature} and {self.chunk}.")
@@ -96,7 +98,7 @@ def _branches(batch: Batch) -> tuple[str, ...]:
 
 
 def _negatives(row: object) -> list[object]:
-    found = row.get("negatives", row.get("negative")) if hasattr(row, "get") else None  # type: ignore[attr-defined]
+    found = row.get("negatives", row.get("negative")) if hasattr(row, "get") else None
     return [] if found is None else found if isinstance(found, list) else [found]
 
 

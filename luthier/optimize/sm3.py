@@ -72,7 +72,7 @@ class CoverOptimizer(torch.optim.Optimizer):
         self.supports: dict[int, tuple[Tensor, tuple[int, int]]] = {}
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         loss = None
         if closure is not None:
             with torch.enable_grad():

@@ -199,6 +199,8 @@ def _with_head(scores: Any, weights: dict[int, Tensor]) -> Any:
 class _At(nn.Module):
     """A module called at other parameter values."""
 
+    call: Callable[[Tensor], Tensor]
+
     def __init__(self, module: nn.Module, values: dict[str, Tensor]) -> None:
         super().__init__()
         object.__setattr__(self, "call", lambda hidden: torch.func.functional_call(module, values, (hidden,)))

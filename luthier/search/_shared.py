@@ -64,8 +64,8 @@ def once(trial: Callable[[Point], Mapping[str, float]]) -> Callable[[Point], Map
 def pareto(values: np.ndarray) -> np.ndarray:
     """Bool: no other row is at least as high in every column and higher in one."""
     v = np.asarray(values, float)
-    at_least = (v[None] >= v[:, None]).all(-1)
-    higher = (v[None] > v[:, None]).any(-1)
+    at_least: Any = (v[None] >= v[:, None]).all(-1)
+    higher: Any = (v[None] > v[:, None]).any(-1)
     return ~(at_least & higher).any(1)
 
 

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import numpy as np
 
 from luthier.catalog import register
-from luthier.core.batch import Sequence
 from luthier.core.families import Decode
 from luthier.core.neighbours import kmeans
 from luthier.core.rows import Rows, answer_of, prompt_ids
+from luthier.decode._shared import answered
 from luthier.errors import RecipeError, UserError
 from luthier.select import Picks, Selector, budget_of
 from luthier.select._shared import count, embeddings, generator, gumbel_top_k, numbers, spread
@@ -175,12 +175,6 @@ def own_log_probability(family: Any, prompts: list[Any], answers: list[np.ndarra
             part = [answered(p, a) for p, a in zip(prompts[start : start + 32], answers[start : start + 32])]
             found[start : start + 32] = family.score(part).rows("mean").double().cpu().numpy()
     return found
-
-
-def answered(prompt: Any, answer: Any) -> Sequence:
-    """A prompt and an answer to it, the answer's tokens supervised."""
-    mask = np.arange(len(prompt) + len(answer)) >= len(prompt)
-    return Sequence(np.concatenate([np.asarray(prompt, np.int64), np.asarray(answer, np.int64)]), mask)
 
 
 def _rewards(ctx: Context, answers: list[str], rows: list[Any]) -> np.ndarray:

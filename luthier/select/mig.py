@@ -118,7 +118,7 @@ class _Pool:
 
     def __init__(self, incidence: sparse.csr_matrix, weight: np.ndarray, graph: Any, phi: _Phi, gain: str) -> None:
         self.phi, self.graph, self.exact = phi, graph, gain == "exact"
-        self.near = None if graph is None else graph.tocsc()
+        self.near: Any = None if graph is None else graph.tocsc()
         rows = np.flatnonzero(weight > 0)
         group = _same_tags(incidence, rows)
         # rows of a group lie together, the heaviest first, equal ones by index

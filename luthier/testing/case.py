@@ -45,7 +45,7 @@ class Case:
         return self.cls(**copy.deepcopy(self.options))
 
     def model(self, seed: int = 0) -> Any:
-        make = {
+        make: Any = {
             "causal-lm": tiny.tiny_llama, "text-encoder": lambda seed: tiny.tiny_bert(seed=seed, classes=3),
             "image-classifier": tiny.tiny_vit, "dual-encoder": tiny.tiny_clip,
         }[self.family]  # fmt: skip

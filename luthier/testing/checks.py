@@ -184,7 +184,7 @@ def loss_in_bfloat16(case: Case) -> None:
     for one in case.families():
         plugin, ctx = _attached(one)
         for family in (ctx.current, *ctx.models.values()):
-            family.all_modules().to(torch.bfloat16)  # type: ignore[union-attr]
+            family.all_modules().to(torch.bfloat16)
         ensure(_finite(_losses(plugin, ctx.current, _ready(one, plugin, ctx, 2), ctx)), f"the loss in bfloat16 is not finite on a {one.family}")
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +20,29 @@ def matrix(axes: tuple[str, ...] = (), tell: Callable[[dict[str, Any]], None] | 
     """One entry a pair: {"a", "b", "outcome": runs | refused | crashed, "why", "seconds"}. `axes` limits it to pairs between these."""
     chosen = [a for a in AXES if not axes or a in axes]
     found = []
-    for first, second in itertools.combinations(chosen, 2):
-        for a, b in itertools.product(entries(first), entries(second)):
-            entry = pair({first: a.load(), second: b.load()})
-            found.append({"a": f"{first}/{a.name}", "b": f"{second}/{b.name}", **entry})
-            if tell is not None:
-                tell(found[-1])
+    with settled():
+        for first, second in itertools.combinations(chosen, 2):
+            for a, b in itertools.product(entries(first), entries(second)):
+                entry = pair({first: a.load(), second: b.load()})
+                found.append({"a": f"{first}/{a.name}", "b": f"{second}/{b.name}", **entry})
+                if tell is not None:
+                    tell(found[-1])
     return found
+
+
+@contextmanager
+def settled() -> Iterator[None]:
+    """Every run collects garbage; what the libraries hold, a million objects, is left out of that while many small runs are made."""
+    import peft  # noqa: F401
+
+    import luthier.core.stage  # noqa: F401
+
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def pair(choices: dict[str, type]) -> dict[str, Any]:

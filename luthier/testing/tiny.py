@@ -79,7 +79,7 @@ def tiny_vit(classes: int = 3, hidden: int = 32, layers: int = 2, size: int = 12
         "num_attention_heads": 4, "intermediate_size": 2 * hidden, "initializer_range": 0.2,
         "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
     }  # fmt: skip
-    config = ViTConfig(hidden_size=hidden, num_hidden_layers=layers, image_size=size, patch_size=patch, num_labels=classes, **fields | kw)
+    config = ViTConfig(hidden_size=hidden, num_hidden_layers=layers, image_size=size, patch_size=patch, num_labels=classes, **fields | kw)  # type: ignore[call-arg]
     return ImageClassifier(_seeded(seed, ViTForImageClassification, config), None, "tiny-vit")
 
 

@@ -51,7 +51,7 @@ def model_folder(family: str) -> Path:
     return folder
 
 
-def columns_for(chosen: list[type], family: str) -> frozenset[str]:
+def columns_for(chosen: list[Any], family: str) -> frozenset[str]:
     """Columns that satisfy every chosen method: for each its first alternative that fits the family."""
     default = {
         "causal-lm": {"prompt", "completion"}, "text-encoder": {"text", "label"}, "image-classifier": {"image", "label"}, "dual-encoder": {"image", "text"},
@@ -66,7 +66,7 @@ def columns_for(chosen: list[type], family: str) -> frozenset[str]:
 
 def recipe(choices: Mapping[str, type | str], family: str, folder: Path) -> dict[str, Any]:
     """A recipe with these methods at toy size and plain defaults elsewhere."""
-    classes = {axis: cls if isinstance(cls, type) else method(axis, cls) for axis, cls in choices.items()}
+    classes: dict[str, Any] = {axis: cls if isinstance(cls, type) else method(axis, cls) for axis, cls in choices.items()}
     made: dict[str, Any] = {
         "model": str(model_folder(family)), "adapt": {"method": "full"},
         "optimize": {"method": "adamw", "lr": 1e-3}, "measure": [],
@@ -94,7 +94,7 @@ def entry(cls: Any, options: Mapping[str, Any] | None = None) -> Any:
 def spec_of(cls: Any) -> str:
     """How a recipe names this class: its catalogue name where it is registered under it, else its file."""
     if is_registered(cls.axis, cls.name) and method(cls.axis, cls.name) is cls:
-        return cls.name
+        return cls.name  # type: ignore[attr-defined]
     import inspect
 
     return f"{inspect.getfile(cls)}:{cls.__name__}"

@@ -1,8 +1,19 @@
 import numpy as np
 import pytest
+import torch
 
+from luthier.core.context import Context
 from luthier.core.families import Decode
-from luthier.decode.cascade import Cascade, PostHocRule, area, cascade, deferral_curve, quantile_features
+from luthier.decode.cascade import (
+    Cascade,
+    PostHocRule,
+    _first_state,
+    area,
+    best_quantile,
+    cascade,
+    deferral_curve,
+    quantile_features,
+)
 from luthier.errors import ModelError, RecipeError
 from tests.helpers import tiny_llama
 
@@ -89,6 +100,42 @@ def test_a_rule_is_learnt_on_validation_rows(models, embed):
     wrapped = Cascade(score="post-hoc", learner="linear", embed=embed, max_new_tokens=3).wrap(models).fit(rows)
     answers = wrapped.generate(PROMPTS, Decode(max_new_tokens=3))
     assert all(np.isfinite(a[0].info["doubt"]) for a in answers) and wrapped.threshold is not None
+
+
+def test_doubt_is_the_models_own_log_probability_of_what_it_said(models):
+    wrapped = Cascade(score="chow-sum", rate=0.0).wrap(models)
+    answers = wrapped.generate(PROMPTS, Decode(max_new_tokens=5))
+    for prompt, (answer,) in zip(PROMPTS, answers):
+        with torch.no_grad():
+            logp = models["model"].network(torch.tensor(np.concatenate([prompt, answer.ids]))[None]).logits[0].log_softmax(-1)
+        at = torch.arange(len(prompt) - 1, len(prompt) + len(answer.ids) - 1)
+        assert answer.info["doubt"] == pytest.approx(-float(logp[at, torch.tensor(answer.ids)].sum()), abs=1e-3)
+
+
+def test_the_large_models_early_state_is_its_first_blocks_output(models):
+    got = _first_state(models["large"], PROMPTS)
+    for prompt, state in zip(PROMPTS, got):
+        with torch.no_grad():
+            wanted = models["large"].decoder(torch.tensor(prompt)[None], output_hidden_states=True).hidden_states[1][0, -1]
+        assert np.allclose(state, wanted, atol=1e-5)
+
+
+def test_the_quantile_can_be_chosen_on_validation_rows(models):
+    rng = np.random.default_rng(0)
+    logps = [np.log(rng.uniform(0.05, 1, 9)) for _ in range(300)]
+    small = np.array([float(np.quantile(p, 0.5) > np.log(0.5)) for p in logps])
+    assert best_quantile(logps, small, np.ones(300)) == 0.5
+    rows = [{"prompt": f"w{i}", "completion": "w3"} for i in range(6)]
+    wrapped = Cascade(quantile=None, max_new_tokens=3).wrap(models).fit(rows)
+    assert 0 <= wrapped.quantile <= 1 and wrapped.threshold is not None
+    with pytest.raises(RecipeError, match="quantile of 'cascade' is learnt"):
+        Cascade(quantile=None).wrap(models, Context())
+
+
+def test_a_threshold_decides_prompt_by_prompt(models):
+    every = Cascade(threshold=-1e9).wrap(models).generate(PROMPTS, Decode(max_new_tokens=3))
+    none = Cascade(threshold=1e9).wrap(models).generate(PROMPTS, Decode(max_new_tokens=3))
+    assert all(a[0].info["deferred"] for a in every) and not any(a[0].info["deferred"] for a in none)
 
 
 def test_bad_input(models):

@@ -74,6 +74,48 @@ def test_several_experts_one_at_a_time_or_all_combinations():
     assert torch.equal(same, logits_fusion(large, small, [one])[1])
 
 
+def test_the_full_grid_of_two_experts_is_the_least_of_all():
+    large, small, one, two = (x.double().numpy() for x in draw(rows=5, n=4))
+    grid = (0.0, 0.4, 0.8, 1.2)
+    _, found = logits_fusion(*map(torch.tensor, (large, small)), [torch.tensor(one), torch.tensor(two)], grid=grid, rule="grid")
+    kl = lambda a, b: float((a * np.log(a / b)).sum())  # noqa: E731
+    for i in range(5):
+        p, q0, q1, q2 = (softmax(x[i]) for x in (large, small, one, two))
+
+        def miss(a, i=i, p=p, q0=q0, q=(q1, q2)):
+            f = softmax(large[i] + a[0] * (one - small)[i] + a[1] * (two - small)[i])
+            return sum((kl(f, p) - kl(t, q0)) ** 2 + (kl(p, f) - kl(q0, t)) ** 2 for t in q)
+
+        best = min(miss((a, b)) for a in grid for b in grid)
+        assert miss(found[i].tolist()) == pytest.approx(best, rel=1e-4)
+
+
+def test_tiny_shifts_are_still_told_apart():
+    # the large model is twice as sharp a copy: the weight that moves it as far as the small one moved is not 1
+    g = torch.Generator().manual_seed(0)
+    small = torch.randn(1, 50, generator=g, dtype=torch.float64)
+    expert = small + 1e-3 * torch.randn(1, 50, generator=g, dtype=torch.float64)
+    large = small[:, torch.randperm(50, generator=g)] * 2
+    _, alpha = logits_fusion(large, small, [expert])
+    wanted = brute(*(x[0].float().double().numpy() for x in (large, small, expert)))
+    assert wanted != 1 and float(alpha) == pytest.approx(wanted)
+
+
+def test_masks_of_only_some_models():
+    large, small, expert = draw()
+    small[:, 1] = -torch.inf
+    fused, alpha = logits_fusion(large, small, [expert])
+    assert torch.equal(fused[:, 1], large[:, 1]) and torch.isfinite(alpha).all()
+    kept = [x[:, [0, *range(2, 12)]] for x in (large, small, expert)]
+    assert torch.equal(alpha, logits_fusion(kept[0], kept[1], kept[2:])[1])
+    large, small, expert = draw()
+    expert[:, 2] = -torch.inf
+    fused, _ = logits_fusion(large, small, [expert], alpha=1.0)
+    assert (fused.softmax(-1)[:, 2] == 0).all() and torch.isfinite(fused).all()
+    gone = torch.full_like(large, -torch.inf)
+    assert not logits_fusion(large, gone, [gone])[0].isnan().any()
+
+
 @pytest.fixture
 def models():
     return {"model": tiny_llama(seed=0, layers=3), "small": tiny_llama(seed=1), "expert": tiny_llama(seed=2)}
@@ -105,7 +147,48 @@ def test_scores_are_of_the_fused_distribution(models):
         assert torch.allclose(scores.entropy, -(wanted.exp() * wanted).sum(-1), atol=1e-4)
 
 
+def test_answers_tell_the_weights_and_companions_do_not_drop_out(models):
+    torch.manual_seed(0)
+    noisy = {k: tiny_llama(seed=i, attention_dropout=0.5) for i, k in enumerate(models)}
+    noisy["small"].network.train(), noisy["expert"].network.train()
+    prompts = [[20, 21, 22], [30]]
+    wrapped = LogitsFusion().wrap(noisy)
+    a, b = (wrapped.generate(prompts, Decode(max_new_tokens=5)) for _ in range(2))
+    for x, y in zip(a, b):
+        assert x[0].ids.tolist() == y[0].ids.tolist() and x[0].info["alpha"].shape == (len(x[0].ids), 1)
+        assert set(np.round(x[0].info["alpha"] * 10).astype(int).ravel()) <= set(range(21))
+    assert noisy["small"].network.training
+    several = wrapped.generate(prompts, Decode(max_new_tokens=3, temperature=1.0), n=3)
+    assert [len(group) for group in several] == [3, 3] and all("alpha" in x.info for group in several for x in group)
+
+
+def test_experts_may_be_given_as_a_list(models):
+    wrapped = LogitsFusion(alpha=0.5).wrap({"model": models["model"], "small": models["small"], "experts": [models["expert"], models["small"]]})
+    assert len(wrapped.companions) == 3
+    one = LogitsFusion(alpha=0.5).wrap(models)
+    prompts = [[20, 21]]
+    assert wrapped.generate(prompts, Decode(max_new_tokens=4))[0][0].ids.tolist() == one.generate(prompts, Decode(max_new_tokens=4))[0][0].ids.tolist()
+
+
+def test_an_adapted_expert_is_read_with_its_adapter_and_a_prompt_tuned_one_is_refused(models):
+    from peft import LoraConfig, PromptTuningConfig, get_peft_model
+
+    expert = models["expert"]
+    expert.network = get_peft_model(expert.network, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
+    with pytest.raises(ModelError, match="prompt-tuned"):
+        LogitsFusion().wrap(models)
+    lora = tiny_llama(seed=1)
+    lora.network = get_peft_model(lora.network, LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"], init_lora_weights=False))
+    lora.eval()
+    got = LogitsFusion(alpha=1.0).wrap({**models, "expert": lora}).generate([[20, 21]], Decode(max_new_tokens=1))[0][0].ids[0]
+    with torch.no_grad():
+        raw = [f.network(input_ids=torch.tensor([[20, 21]])).logits[0, -1] for f in (models["model"], lora, models["small"])]
+    assert int(got) == int((raw[0] + raw[1] - raw[2]).argmax())
+
+
 def test_bad_input(models):
+    with pytest.raises(RecipeError, match="'dynamic' or a number"):
+        LogitsFusion(alpha="dynamik")
     with pytest.raises(ModelError, match="needs a model 'small'"):
         LogitsFusion().wrap(models["model"])
     with pytest.raises(ModelError, match="one vocabulary"):

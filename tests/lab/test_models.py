@@ -61,7 +61,7 @@ def test_guided_heads_look_at_the_value_of_the_key():
 
 def test_a_killed_build_goes_on_to_the_same_weights(tmp_path, monkeypatch):
     def finish(name: str, stop: int | None) -> torch.nn.Module:
-        model, plan = tiny(), training.Plan(3000)
+        model, plan = tiny(), training.Plan(1500)
 
         def watch(state, progress):
             if state.chunk == stop:
@@ -76,7 +76,7 @@ def test_a_killed_build_goes_on_to_the_same_weights(tmp_path, monkeypatch):
             return kept[1]
 
         monkeypatch.setattr(torch.optim, "AdamW", remember)
-        training.train(name, model, training.text_chunks(MIXTURE_A, 0, rows=60), training.causal_loss, plan, watch)
+        training.train(name, model, training.text_chunks(MIXTURE_A, 0, rows=25), training.causal_loss, plan, watch)
         return model
 
     monkeypatch.setattr(training, "CACHE", tmp_path)

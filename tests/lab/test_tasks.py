@@ -11,7 +11,7 @@ import pytest
 import luthier.lab as lab
 from luthier.errors import DataError, ModelError
 
-SMALL = {"n": 60, "test": 30}
+SMALL = {"n": 40, "test": 20}
 SPECS: dict[str, list[dict]] = {
     "traces": [{}, {"skills": "all"}, {"skills": "base", "phrasings": "seen"}, {"style": "redundant", "states": "some"}, {"filler": 60, "skills": "lookup,sort"}],
     "facts": [{}, {"forms": "statement,question,yesno,compare,secondary,explain"}, {"world": "real", "edits": 20, "entities": 60},
@@ -27,7 +27,7 @@ CASES = [pytest.param(name, knobs, id=f"{name}-{i}") for name, many in SPECS.ite
 
 
 def made(name: str, knobs: dict, seed: int = 0, **more) -> lab.Splits:
-    small = {"n": 60} if name == "digits" else SMALL
+    small = {"n": 40} if name == "digits" else SMALL
     return lab.task(name)(seed, **{**small, **knobs, **more})
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 
 import numpy as np
@@ -12,11 +13,12 @@ from luthier.lab.mixture import MIXTURE_A, drawn, encode
 from luthier.lab.tokenizer import SIZE, entries, tokenizer
 
 
+@functools.cache
 def texts() -> list[str]:
     found = [f"{prompt} {completion}".strip() for prompt, completion in drawn(np.random.default_rng(0), 500, MIXTURE_A)]
     for spec in ("traces?skills=all&style=2", "facts?forms=question,explain&contracts=plain,json,capitals", "sounds", "grammar?languages=1,2,3,4", "corpus", "corpus?kind=code",
                  "scenes?objects=1-4&caption=paragraph", "scenes?language=2"):  # fmt: skip
-        for row in lab.make(spec, n=60).train:
+        for row in lab.make(spec, n=30).train:
             found += [str(row[key]) for key in ("prompt", "completion", "text", "anchor", "positive") if key in row]
     return found
 

@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import pytest
@@ -50,7 +51,7 @@ def test_the_exact_update_contracts_towards_the_data():
         gaps.append(float((data * (data / p).log()).sum()))
         p = p * (data / p) ** (1 / 2.0)
         p = p / p.sum()
-    assert all(b < 0.5 * a for a, b in zip(gaps, gaps[1:]))
+    assert all(b < 0.5 * a for a, b in itertools.pairwise(gaps))
     one = p * (data / p)
     assert torch.allclose(one / one.sum(), data, atol=1e-6)
 
