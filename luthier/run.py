@@ -22,6 +22,7 @@ from luthier.core import checkpoint
 from luthier.core.context import Context, seed_of
 from luthier.core.journal import check_trackers
 from luthier.core.stage import Stage
+from luthier.core.trials import search
 from luthier.errors import ModelError, RecipeError, UserError
 from luthier.recipe import Data, Recipe, StageEntry, check
 
@@ -71,7 +72,7 @@ def tune(recipe: Recipe | Mapping[str, Any] | str | Path, run: str | Path | None
     folder = _folder(recipe, run, resume)
     with checkpoint.disk_errors(folder, "run", (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)):
         if recipe.search:
-            recipe = _search(recipe, folder, resume, quiet)
+            recipe = search(recipe, folder, tune, (lambda sentence: None) if quiet else print)
         return _Runner(recipe, folder, quiet).go(resume, notices)
 
 
@@ -335,7 +336,7 @@ class _Runner:
         self.say("\n" + text)
 
 
-def _write_recipe(folder: Path, recipe: Recipe, tell: Callable[[str], None] | None = None) -> None:
+def _write_recipe(folder: Path, recipe: Recipe, tell: Callable[[str], None] | None) -> None:
     """The resolved recipe, in one step. `tell`: hears when a run goes on with another recipe."""
     path, text = folder / "recipe.yaml", recipe.to_yaml()
     if tell is not None and path.exists() and path.read_text(encoding="utf-8") != text:
@@ -369,37 +370,6 @@ def _decoded(recipe: Recipe, family: Any, models: Mapping[str, Any]) -> Any:
     others.setdefault("base", functools.partial(load, recipe.model_spec()))
     ctx = Context(family, recipe.train.seed, models=others)
     return recipe.decode[0].build().wrap({"model": family}, ctx)
-
-
-def _search(recipe: Recipe, folder: Path, resume: bool, quiet: bool) -> Recipe:
-    """Let the recipe's search method choose values; every trial is a run below `trials`, never done twice."""
-    choice = recipe.search[0]
-    searcher = choice.build()
-    if not recipe.space:
-        raise RecipeError("A search needs `space:`, recipe keys with their choices, e.g. `space: {adapt.rank: [4, 16], optimize.lr: [1e-4, 1e-3]}`.")
-
-    # The choice is made on validation rows, so that the test rows still tell what it is worth.
-    scored_on = {"data.test": recipe.data.streams["val"]} if "val" in recipe.data.streams else {}
-    if not scored_on and not quiet:
-        print("There are no validation rows, so trials are compared on the test rows; add `data: {val: FILE}` for an honest result.")
-    _write_recipe(folder, recipe)
-
-    def trial(point: Mapping[str, Any]) -> dict[str, float]:
-        candidate = recipe.without("search", "space").with_values({**point, **scored_on})
-        where = folder / "trials" / f"{seed_of(candidate.to_yaml()):016x}"
-        done = tune(candidate, where, resume=True, quiet=True)
-        facts = json.loads((where / "report.json").read_text())
-        return {k: v for k, v in {**done.numbers(), **facts.get("cost", {})}.items() if isinstance(v, (int, float))}
-
-    ctx = Context(None, recipe.train.seed, folder=folder)
-    found = searcher.search(recipe.space, trial, ctx)
-    if not found:
-        raise UserError("The search found nothing worth running.")
-    checkpoint.replace_text(folder / "search.json", json.dumps(found, indent=1, default=_jsonable))
-    point = {k: v for k, v in found[0].items() if k in recipe.space}
-    if not quiet:
-        print(f"The search chose {point}.")
-    return recipe.without("search").with_values(point)
 
 
 def _as_recipe(recipe: Any) -> Recipe:

@@ -130,7 +130,7 @@ def test_an_adapter_that_says_it_switches_off():
         def attach(self, model, ctx=None):
             return Parts([Group("body", dict(model.network.named_parameters()))])
 
-    refused(Sticks, "original model")
+    refused(Sticks, "disabled", "original")
 
 
 def test_a_loss_that_is_nan_on_nothing():

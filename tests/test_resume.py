@@ -12,8 +12,11 @@ import pytest
 import torch
 
 import luthier
+from luthier.catalog import entries, method
+from luthier.core.engine import Engine
 from luthier.errors import TrainingError
 from luthier.run import tune
+from luthier.testing import toys
 from luthier.testing.toys import rows
 from tests.toy_runs import PAIRS, ROOT, TEXTS, attempts, recipe, same_weights, write_rows, written
 
@@ -244,3 +247,30 @@ def test_a_broken_checkpoint_is_told_in_a_sentence(half):
         tune(made, run, resume=True)
 
 
+# -- every method ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("axis, name", [(e.axis, e.name) for axis in ("select", "adapt", "objective", "optimize") for e in entries(axis)])
+def test_every_method_continues_bit_for_bit(tmp_path, monkeypatch, axis, name):
+    """A run is broken off in its fourth step, after a checkpoint at the second."""
+    cls = method(axis, name)
+    family = toys.shared_family([cls])
+    made = {k: v for k, v in toys.recipe({axis: cls}, family, tmp_path).items() if k != "run"}
+    made["train"] |= {"steps": 5, "save_every": 2}
+    if axis in ("select", "optimize") and family == "causal-lm":
+        made["adapt"] = LORA
+    tune(made, tmp_path / "whole")
+    step = Engine._step
+
+    def cut(engine, *arguments):
+        if engine.ctx.clock.step == 3:
+            raise InterruptedError
+        return step(engine, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "_step", cut)
+        with pytest.raises(InterruptedError):
+            tune(made, tmp_path / "run")
+    tune(made, tmp_path / "run", resume=True)
+    assert same_weights(tmp_path / "whole", tmp_path / "run")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
@@ -27,6 +28,7 @@ def write_rows(path: Path, made: list[dict[str, Any]]) -> Path:
 
 def recipe(folder: Path, family: str = "causal-lm", columns: frozenset[str] = PAIRS, n: int = 12, **changes: Any) -> dict[str, Any]:
     """A recipe over files in `folder`; `train` is joined with the toy settings, other keys replace."""
+    gc.freeze()  # a run ends with a garbage collection, which need not look through all imported libraries a hundred times
     write_rows(folder / "train.jsonl", rows(columns, n))
     write_rows(folder / "test.jsonl", rows(columns, 4, 1))
     made = {

@@ -21,7 +21,7 @@ from luthier.select._shared import count, embeddings, generator, has_column, laz
 if TYPE_CHECKING:
     from luthier.core.context import Context
 
-BLOCK = 512
+BLOCK = 256
 """Candidates whose gains are computed in one numpy call."""
 
 
@@ -60,7 +60,7 @@ def mig(
     size = np.diff(incidence.indptr)
     weight = np.where(size > 0, quality / np.maximum(size, 1) if normalise else quality, 0.0)
     pool = _Pool(incidence, weight, graph, _Phi(phi, power, smoothing, rate), gain)
-    chosen, gains = lazy_greedy(pool.best, pool.take, pool.blocks, budget)
+    chosen, gains = lazy_greedy(pool.best, pool.take, len(pool.parts), budget)
     indices = _when_saturated(np.asarray(chosen, dtype=np.int64), np.asarray(gains), weight)
     if not with_info:
         return indices
@@ -128,7 +128,8 @@ class _Pool:
         self.end = np.append(self.first[1:], len(group))
         self.groups = len(self.first)
         # heavy candidates share a block, so that few blocks are near the top at any time
-        arranged = np.argsort(-weight[self.rows[self.first]], kind="stable")
+        heads = self.rows[self.first]
+        arranged = np.argsort(-weight[heads] * np.diff(incidence.indptr)[heads], kind="stable")
         self.first, self.end = self.first[arranged], self.end[arranged]
         self.group_of = np.zeros(len(weight), dtype=np.int64)
         self.head = self.rows[self.first] if self.groups else np.zeros(0, np.int64)
@@ -137,7 +138,7 @@ class _Pool:
         self.weight = weight[self.head]
         sets = incidence[self.head]
         self.tags, self.start = sets.indices.astype(np.int64), sets.indptr.astype(np.int64)
-        self.blocks = -(-self.groups // BLOCK)
+        self.parts = self._split()
         self.mass = np.zeros(incidence.shape[1])
         self.slope = phi.slope(self.mass)
         self.reach = self.slope.copy() if graph is None else graph @ self.slope
@@ -145,27 +146,33 @@ class _Pool:
             self.pattern = sets.astype(np.float64) if graph is None else (sets.astype(np.float64) @ graph).tocsr()
             self.pattern.sort_indices()
 
+    def _split(self) -> list[tuple[np.ndarray, ...]]:
+        """Views of every block: its candidates' tags, where each one's begin, weights and rows."""
+        found: list[tuple[np.ndarray, ...]] = []
+        for low in range(0, self.groups, BLOCK):
+            high = min(low + BLOCK, self.groups)
+            start = self.start[low : high + 1]
+            found.append((self.tags[start[0] : start[-1]], start[:-1] - start[0], self.weight[low:high], self.head[low:high]))
+        return found
+
     def best(self, block: int) -> tuple[float, int]:
-        low, high = block * BLOCK, min((block + 1) * BLOCK, self.groups)
-        weight = self.weight[low:high]
-        gains = self._exact(low, high) if self.exact else self._first_order(low, high) * weight
-        gains = _rounded(gains)
-        gains[weight == 0] = -np.inf
+        tags, start, weight, head = self.parts[block]
+        gains = self._exact(block, weight) if self.exact else np.add.reduceat(self.reach[tags], start) * weight
+        bits = gains.view(np.int64)
+        # rounded to 40 bits, so that sums which are equal but for the order of their terms tie; rounding keeps order, so bounds hold
+        bits += 2048
+        bits &= -4096
         top = gains.max()
-        if top == -np.inf:
-            return -np.inf, -1
-        return float(top), int(self.head[low:high][gains == top].min())
+        if top == 0:  # nothing left, or phi is saturated
+            return (0.0, int(head[weight > 0].min())) if (weight > 0).any() else (-np.inf, -1)
+        return float(top), int(head[gains == top].min())
 
-    def _first_order(self, low: int, high: int) -> np.ndarray:
-        start = self.start[low : high + 1]
-        return np.add.reduceat(self.reach[self.tags[start[0] : start[-1]]], start[:-1] - start[0])
-
-    def _exact(self, low: int, high: int) -> np.ndarray:
-        start = self.pattern.indptr[low : high + 1]
+    def _exact(self, block: int, weight: np.ndarray) -> np.ndarray:
+        start = self.pattern.indptr[block * BLOCK : block * BLOCK + len(weight) + 1]
         at = slice(start[0], start[-1])
-        added = self.pattern.data[at] * np.repeat(self.weight[low:high], np.diff(start))
+        added = self.pattern.data[at] * np.repeat(weight, np.diff(start))
         mass = self.mass[self.pattern.indices[at]]
-        return np.add.reduceat(self.phi(mass + added) - self.phi(mass), start[:-1] - start[0])
+        return np.maximum(np.add.reduceat(self.phi(mass + added) - self.phi(mass), start[:-1] - start[0]), 0.0)
 
     def take(self, block: int, row: int) -> None:
         group = self.group_of[row]
@@ -191,12 +198,6 @@ class _Pool:
         changed = np.unique(self.near.indices[at])
         at, offsets = _segments(self.graph.indptr, changed)
         self.reach[changed] = np.add.reduceat(self.graph.data[at] * self.slope[self.graph.indices[at]], offsets)
-
-
-def _rounded(gains: np.ndarray) -> np.ndarray:
-    """To 40 bits, so that sums which are equal but for the order of their terms tie. Rounding keeps order, hence lazy bounds hold."""
-    bits = np.maximum(gains, 0.0).view(np.int64)
-    return ((bits + 2048) & ~np.int64(4095)).view(np.float64)
 
 
 def _segments(indptr: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

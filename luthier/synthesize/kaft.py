@@ -149,4 +149,6 @@ class KAFT(Synthesizer):
     def _row(self, row: dict[str, Any]) -> dict[str, Any]:
         template = self.template if row["context"] else self.template_empty
         target = row["answer"] + (f" ({row['kind']} context)" if self.note else "")
+        # Columns of another kind of rows belong to the question as it was; they would be learned instead.
+        row = {k: v for k, v in row.items() if k not in ("messages", "chosen", "rejected", "anchor", "positive", "negative")}
         return {**row, "prompt": template.format(context=row["context"], question=row["question"]), "completion": target}

@@ -5,12 +5,14 @@ from __future__ import annotations
 import ast
 import dataclasses
 import inspect
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
 from luthier import catalog
 from luthier.catalog import AXES, entries, field_docs, fields_of, method
@@ -179,22 +181,28 @@ def _neighbours(case: Case) -> dict[str, Any]:
 
 def resumes_exactly(case: Case) -> None:
     """The same run, stopped in the middle and continued, reaches the same weights."""
-    from luthier.core.models import load
     from luthier.recipe import Recipe
     from luthier.run import tune
 
     cut = case.folder / "cut"
     shutil.copytree(case.whole.folder, cut)
-    for left in ("done", "measures.json", "report.json", "report.txt"):
+    for left in ("done", "report.json", "report.txt"):
         (cut / left).unlink(missing_ok=True)
+    if case.whole.measures:
+        checkpoint.replace_text(cut / "measures.json", json.dumps({"before": case.whole.measures["before"]}))
     shutil.rmtree(cut / "model")
     middle = cut / "checkpoints" / f"step-{STEPS // 2:08d}"
     ensure(middle.is_dir(), f"no checkpoint was written after step {STEPS // 2}")
     checkpoint.replace_text(cut / "checkpoints" / "latest", middle.name)
     again = tune(Recipe.from_dict({**case.plan, "run": str(cut)}), resume=True)
-    a, b = (dict(load(r.model_path).network.state_dict()) for r in (case.whole, again))
-    different = [n for n in a if not same(a[n], b[n])]
+    a, b = (_written(run.model_path) for run in (case.whole, again))
+    different = [n for n in a.keys() | b.keys() if not same(a.get(n), b.get(n))]
     ensure(not different, f"a resumed run ends with other weights, first in '{(different or [''])[0]}' ({len(different)} of {len(a)} tensors)")
+
+
+def _written(folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a model's or an adapter's folder."""
+    return {f"{file.name}/{n}": t for file in sorted(folder.glob("**/*.safetensors")) for n, t in load_file(file).items()}
 
 
 TRAINING = (runs_in_a_recipe, resumes_exactly)

@@ -6,6 +6,7 @@ import copy
 import functools
 import math
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 
 from luthier.core.batch import Batch
 from luthier.core.context import Context
+from luthier.errors import UserError
 from luthier.testing import tiny, toys
 
 
@@ -37,9 +39,18 @@ class Case:
         """Where runs of this method go; removed at the end."""
         return Path(tempfile.mkdtemp(prefix="luthier-check-"))
 
+    @functools.cached_property
     def families(self) -> list[Case]:
-        """The same case for every family of models that the method serves."""
-        return [self if f == self.family else Case(self.cls, self.given, f) for f in toys.FAMILIES if f in self.cls.families]
+        """The same case for every family of models that the method serves, its first one first."""
+        return [self, *(Case(self.cls, self.given, f) for f in toys.FAMILIES if f in self.cls.families and f != self.family)]
+
+    @functools.cached_property
+    def attached(self) -> tuple[Any, Any, Any, torch.Tensor]:
+        """A model with the method attached, the method, its parts (None where it is refused), and the model's outputs before."""
+        model, plugin = self.model(), self.build()
+        with torch.no_grad():
+            before = outputs(self, model.eval())
+        return model, plugin, allowed(plugin.attach, model, self.context(model)), before
 
     def build(self) -> Any:
         return self.cls(**copy.deepcopy(self.options))
@@ -74,6 +85,22 @@ class Case:
 def ensure(condition: Any, sentence: str) -> None:
     if not condition:
         raise NotConforming(sentence)
+
+
+def allowed(work: Callable[..., Any], *given: Any) -> Any:
+    """What the work gives; None where it is refused with a sentence."""
+    try:
+        return work(*given)
+    except UserError:
+        return None
+
+
+def outputs(case: Case, model: Any) -> torch.Tensor:
+    """What the model makes of three rows: numbers that depend on its weights."""
+    batch = model.collate(list(case.rows(3)))
+    if "score" in model.verbs:
+        return model.score(batch).logp
+    return model.classify(batch) if "classify" in model.verbs else torch.cat([model.embed(batch, branch).flatten() for branch in ("image", "text")])
 
 
 def same(a: Any, b: Any) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -15,8 +14,7 @@ from luthier.core.batch import Batch
 from luthier.core.context import Context
 from luthier.core.loss import Loss, of
 from luthier.core.plugin import defines
-from luthier.errors import UserError
-from luthier.testing.case import Case, ensure, same
+from luthier.testing.case import Case, allowed, ensure, outputs, same
 
 # rows -----------------------------------------------------------------------------------------------------------------------
 
@@ -87,10 +85,11 @@ def makes_rows_of_few(case: Case) -> None:
 
 
 def trains_what_it_names(case: Case) -> None:
-    for one in case.families():
-        model, plugin = one.model(), one.build()
-        parts = plugin.attach(model, one.context(model)) if one is case else allowed(plugin.attach, model, one.context(model))
+    for one in case.families:
+        model, plugin, parts, _ = one.attached
         if parts is None:
+            if one is case:  # the sentence why
+                plugin.attach(model, one.context(model))
             continue
         named = {id(p) for g in parts.groups for p in g.params.values()}
         ensure(named, "no parameter is in a group")
@@ -98,7 +97,8 @@ def trains_what_it_names(case: Case) -> None:
         ensure(named <= known, "a group names a parameter that is in no module")
         stray = [n for n, p in model.network.named_parameters() if p.requires_grad and id(p) not in named]
         ensure(not stray, f"'{(stray or [''])[0]}' would train though no group names it")
-        _sum_of_outputs(one, model).backward()
+        out = outputs(one, model)
+        (out * torch.arange(1, out.numel() + 1, dtype=out.dtype).reshape(out.shape)).sum().backward()
         active = [p for g in parts.groups if g.active for p in g.params.values()]
         ensure(not active or any(p.grad is not None for p in active), f"no gradient reaches what it trains in a {one.family}")
 
@@ -114,18 +114,16 @@ def attaches_repeatably(case: Case) -> None:
 
 
 def switches_off_exactly(case: Case) -> None:
-    for one in case.families():
-        model, plugin = one.model(), one.build()
-        with torch.no_grad():
-            before = _outputs(one, model.eval())
-        if not plugin.switchable or allowed(plugin.attach, model, one.context(model)) is None:
+    for one in case.families:
+        model, plugin, parts, before = one.attached
+        if parts is None or not plugin.switchable:
             continue
         with torch.no_grad():
             for parameter in model.network.parameters():
                 if parameter.requires_grad:
                     parameter.add_(0.1)
             with model.evaluating(), plugin.disabled(model):
-                after = _outputs(one, model)
+                after = outputs(one, model)
         ensure(torch.equal(before, after), f"`disabled` does not give back the original {one.family}")
 
 
@@ -133,11 +131,11 @@ def adapts_bfloat16(case: Case) -> None:
     model, plugin = case.model(), case.build()
     model.network.to(torch.bfloat16)
     allowed(plugin.attach, model, case.context(model))
-    ensure(torch.isfinite(_outputs(case, model)).all(), "a bfloat16 model's outputs are not finite")
+    ensure(torch.isfinite(outputs(case, model)).all(), "a bfloat16 model's outputs are not finite")
 
 
 def loss_is_sound(case: Case) -> None:
-    for one in case.families():
+    for one in case.families:
         plugin, ctx = _attached(one)
         model: Any = ctx.current
         batch = _ready(one, plugin, ctx, 4)
@@ -164,7 +162,7 @@ def loss_is_repeatable(case: Case) -> None:
 
 
 def loss_of_one_row(case: Case) -> None:
-    for one in case.families():
+    for one in case.families:
         plugin, ctx = _attached(one)
         ensure(_finite(_losses(plugin, ctx.current, _ready(one, plugin, ctx, 1), ctx)), f"the loss of a single row is not finite on a {one.family}")
 
@@ -181,7 +179,7 @@ def loss_of_nothing_supervised(case: Case) -> None:
 
 
 def loss_in_bfloat16(case: Case) -> None:
-    for one in case.families():
+    for one in case.families:
         plugin, ctx = _attached(one)
         for family in (ctx.current, *ctx.models.values()):
             family.all_modules().to(torch.bfloat16)
@@ -281,7 +279,7 @@ def measures_without_touching(case: Case) -> None:
 
 
 def measures_one_row(case: Case) -> None:
-    for one in case.families():
+    for one in case.families:
         model = one.model()
         with model.evaluating():
             found = allowed(one.build().measure, model, one.rows(1), one.context(model, n=1))
@@ -299,14 +297,6 @@ def searches(case: Case) -> None:
     ensure(found and all(p["x"] in (0, 1, 2, 3) for p in found), "it returns no point of the space")
     ensure(len(asked) == len(set(asked)), "it tries a point twice")
 
-
-
-def allowed(work: Callable[..., Any], *given: Any) -> Any:
-    """What the work gives; None where it is refused with a sentence."""
-    try:
-        return work(*given)
-    except UserError:
-        return None
 
 
 def _attached(case: Case) -> tuple[Any, Context]:
@@ -332,15 +322,3 @@ def _losses(plugin: Any, model: Any, batch: Batch, ctx: Context) -> list[torch.T
     given = plugin.loss(model, batch, ctx)
     parts = [given] if isinstance(given, (Loss, torch.Tensor)) else list(given)
     return [of(p).mean() for p in parts]
-
-
-def _sum_of_outputs(case: Case, model: Any) -> torch.Tensor:
-    out = _outputs(case, model)
-    return (out * torch.arange(1, out.numel() + 1, dtype=out.dtype).reshape(out.shape)).sum() / out.numel()
-
-
-def _outputs(case: Case, model: Any) -> torch.Tensor:
-    batch = model.collate(list(case.rows(3)))
-    if "score" in model.verbs:
-        return model.score(batch).logp
-    return model.classify(batch) if "classify" in model.verbs else torch.cat([model.embed(batch, branch).flatten() for branch in ("image", "text")])
