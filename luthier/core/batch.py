@@ -2,8 +2,8 @@
 
 A `Sequence` is one way through a row (its prompt and completion; one of its candidate answers). A `Batch` holds the sequences of
 several rows. `TokenForest` lays sequences out so that those which begin alike share those tokens: a packed sequence with an
-ancestor mask that makes it exactly equal to separate rows. Sequences that share nothing lie in bins of their own, right padded,
-where a causal model needs no mask at all.
+ancestor mask that makes it exactly equal to separate rows. Where that would save nothing every sequence lies in a bin of its own,
+right padded, and a causal model needs no mask at all.
 """
 
 from __future__ import annotations
@@ -181,17 +181,19 @@ class TokenForest:
 
     @property
     def is_flat(self) -> bool:
-        """No bin branches: plain right-padded rows."""
-        return self.shared == 0
+        """Every sequence has a bin of its own: plain right-padded rows."""
+        return len(self.slots) == len(self.ancestors)
 
     @classmethod
     def pack(
-        cls, sequences: SequenceOf[Sequence], share: bool = True, limit: int = 512, pad: int = 0, min_gain: float = 0.1
+        cls, sequences: SequenceOf[Sequence], share: bool = True, limit: int = 512, pad: int = 0, min_gain: float = 0.1, dear: int = 1500
     ) -> TokenForest:
-        """Lay sequences out. Those with a common beginning share a bin of at most `limit` tokens if that saves `min_gain` of them."""
+        """Lay sequences out in bins of at most `limit` tokens, those with a common beginning together, if that saves `min_gain` of the work.
+
+        `dear` is the bin length at which attention costs as much as all the rest."""
         if not sequences:
             raise ValueError("A forest of no sequences.")
-        bins = _group(sequences, limit, min_gain) if share else [[i] for i in range(len(sequences))]
+        bins = _group(sequences, limit, min_gain, dear) if share else [[i] for i in range(len(sequences))]
         built = [_grow([sequences[i].ids for i in members]) for members in bins]
         length = max(len(b.ids) for b in built)
         ids = np.full((len(built), length), pad, dtype=np.int64)
@@ -254,23 +256,48 @@ def _common(a: np.ndarray, b: np.ndarray) -> int:
     return int(different[0]) if len(different) else n
 
 
-def _group(sequences: SequenceOf[Sequence], limit: int, min_gain: float) -> list[list[int]]:
-    """Bins of sequences that begin alike: neighbours in lexicographic order, as long as the bin stays small and saves enough."""
+def _group(sequences: SequenceOf[Sequence], limit: int, min_gain: float, dear: int) -> list[list[int]]:
+    """Bins of sequences: neighbours in lexicographic order share most, and bins about equally full pad least.
+
+    Of several bin sizes that layout is taken which costs least, padding and attention included; if none saves `min_gain` of what
+    separate rows cost, the rows stay separate."""
     keys = [s.ids.astype(">i8").tobytes() for s in sequences]
     order = sorted(range(len(sequences)), key=lambda i: (keys[i], i))
-    bins: list[list[int]] = []
-    size = saved = 0
-    for place, i in enumerate(order):
-        common = _common(sequences[order[place - 1]].ids, sequences[i].ids) if place else 0
-        fresh = len(sequences[i]) - common
-        worth = common and saved + common >= min_gain * (size + saved + len(sequences[i]))
-        if bins and worth and size + fresh <= limit:
-            bins[-1].append(i)
-            size, saved = size + fresh, saved + common
+    length = [len(sequences[i]) for i in order]
+    common = [0, *(_common(sequences[a].ids, sequences[b].ids) for a, b in zip(order, order[1:]))]
+    total, longest = sum(length) - sum(common), max(length)
+
+    def cost(bins: int, longest_bin: int) -> float:
+        return bins * longest_bin * (1 + longest_bin / dear)
+
+    best, layout = (1 - min_gain) * cost(len(order), longest), [[p] for p in range(len(order))]
+    fewest = max(1, total // max(limit, longest))
+    sizes = {max(longest, int(slack * total / (fewest + more))) for more in (0, 1, 2, 3, 5, 8, 13) for slack in (1.0, 1.1, 1.25)}
+    for capacity in sorted(c for c in sizes if c <= max(limit, longest)):
+        bins, fullest = _fill(length, common, capacity)
+        if cost(len(bins), fullest) < best:
+            best, layout = cost(len(bins), fullest), bins
+    return [sorted(b) for b in sorted(([order[p] for p in members] for members in layout), key=min)]
+
+
+def _fill(length: list[int], common: list[int], capacity: int) -> tuple[list[list[int]], int]:
+    """Sequences (in lexicographic order) in bins of at most `capacity` tokens, and the tokens of the fullest.
+
+    Runs of neighbours that share are cut where a bin would overflow; the pieces then go, the largest first, where there is room."""
+    pieces: list[tuple[int, list[int]]] = []
+    for place, (n, alike) in enumerate(zip(length, common)):
+        if alike and pieces[-1][0] + n - alike <= capacity:
+            pieces[-1] = (pieces[-1][0] + n - alike, [*pieces[-1][1], place])
         else:
-            bins.append([i])
-            size, saved = len(sequences[i]), 0
-    return [sorted(b) for b in sorted(bins, key=min)]
+            pieces.append((n, [place]))
+    bins: list[tuple[int, list[int]]] = []
+    for size, members in sorted(pieces, key=lambda p: (-p[0], p[1])):
+        room = next((i for i, (used, _) in enumerate(bins) if used + size <= capacity), None)
+        if room is None:
+            bins.append((size, members))
+        else:
+            bins[room] = (bins[room][0] + size, bins[room][1] + members)
+    return [members for _, members in bins], max(size for size, _ in bins)
 
 
 def _grow(rows: list[np.ndarray]) -> _Tree:
