@@ -28,8 +28,8 @@ data: {{train: {folder}/train.jsonl, test: {folder}/test.jsonl, ood: {folder}/oo
 select: {{method: mig, budget: {budget}, tags: tags}}      # every language and month is covered, the common ones do not crowd out the rare
 adapt: {{method: lora, rank: 16, alpha: 32}}
 objective: sft
-optimize: {{method: adamw, lr: 1e-3}}
-train: {{epochs: 1, batch: 16, tokens_per_micro_batch: 1280, seed: 0, schedule: cosine, warmup: 0.05}}
+optimize: {{method: adamw, lr: 2e-3}}
+train: {{epochs: 1, batch: 6, tokens_per_micro_batch: 1280, seed: 0, schedule: cosine, warmup: 0.05}}
 measure:
   - {{method: task, max_new_tokens: 13, limit: 60}}
   - {{method: forgetting, max_new_tokens: 10}}
@@ -70,7 +70,7 @@ def dates(languages: tuple[str, ...], n: int, seed: int) -> list[dict[str, Any]]
     return rows
 
 
-def write(folder: Path, train: int = 3000, test: int = 60, ood: int = 40, budget: int = 640) -> Path:
+def write(folder: Path, train: int = 3000, test: int = 60, ood: int = 40, budget: int = 720) -> Path:
     """Data and recipe of the demonstration; returns the recipe's path."""
     folder.mkdir(parents=True, exist_ok=True)
     pool = dates(SEEN, train + test, seed=0)
