@@ -158,6 +158,9 @@ class Recipe:
         if hasattr(spec, "network"):
             return spec
         found = {**spec, "id": write.model_id(spec["id"], self.frame)}
+        for key in {"tokenizer", "template"} & found.keys():
+            beside = self.frame.path(found[key]) if "\n" not in found[key] else None
+            found[key] = str(beside.resolve()) if beside is not None and beside.exists() else found[key]
         return found["id"] if len(found) == 1 else found
 
     def build_helpers(self) -> dict[str, Any]:

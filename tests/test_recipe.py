@@ -688,3 +688,12 @@ def test_train_ranges():
     for bad in ({"batch": 0}, {"steps": 0}, {"warmup": -1}, {"clip": -1.0}, {"epochs": math.inf}, {"threads": 0}, {"save_every": -1}):
         with pytest.raises(RecipeError, match=next(iter(bad))):
             Train(**bad)
+
+
+def test_a_tokenizer_and_a_template_are_found_beside_the_recipe(tmp_path):
+    (tmp_path / "words").mkdir()
+    (tmp_path / "chat.jinja").write_text("{{ messages }}")
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text("model: {id: smollm2-135m, tokenizer: words, template: chat.jinja}\ndata: {train: x.jsonl}\n")
+    spec = Recipe.load(recipe).model_spec()
+    assert spec["tokenizer"] == str(tmp_path / "words") and spec["template"] == str(tmp_path / "chat.jinja")

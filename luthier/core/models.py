@@ -182,6 +182,8 @@ def dressed(family: Family, tokenizer: str | None, template: str | None, remote:
         else:
             family.processor = read
     if template is not None:
+        if getattr(family, "tokenizer", None) is None:
+            raise ModelError("A chat template needs a tokenizer, and this model has none; leave out `template`.")
         file = Path(template).expanduser() if "\n" not in template and "{" not in template else None
         if file is not None and not file.is_file():
             raise ModelError(f"The chat template {file} does not exist; give a .jinja file or the template itself.")

@@ -82,7 +82,7 @@ def ship(name: str, model: torch.nn.Module, measured: dict[str, float], state: S
     shutil.rmtree(made, ignore_errors=True)
     made.mkdir(parents=True)
     write_half(model, made)
-    tokenizer.save(made)
+    tokenizer.save(made, chat=name == "chat")
     card = {"name": name, "abilities": {k: round(v, 4) for k, v in measured.items()}, "units_seen": state.units,
             "steps": state.steps, "seconds": round(state.seconds), "seed": seed, "torch": torch.__version__}  # fmt: skip
     (made / "card.json").write_text(json.dumps(card, indent=1) + "\n")

@@ -37,6 +37,9 @@ class Splits:
     verify: Callable[[dict, str], Verdict] | None = None
 
     def __post_init__(self) -> None:
+        for row in (*self.train, *self.test, *self.ood):  # so that a row's own program is found wherever it travels
+            if self.name and "meta" in row:
+                row["meta"]["task"] = self.name
         assert_disjoint(self.train, self.test, self.ood)
 
 

@@ -62,5 +62,10 @@ def tokenizer():
     return made
 
 
-def save(folder: Path | str) -> None:
-    tokenizer().save_pretrained(str(folder))
+def save(folder: Path | str, chat: bool = False) -> None:
+    """Write the tokenizer beside a model. Only a chat model carries a template: the others were never shown one."""
+    import copy
+
+    made = copy.deepcopy(tokenizer())
+    made.chat_template = CHAT_TEMPLATE if chat else None
+    made.save_pretrained(str(folder))

@@ -10,7 +10,7 @@ import pytest
 
 import luthier.lab as lab
 from luthier.lab.mixture import MIXTURE_A, drawn, encode
-from luthier.lab.tokenizer import SIZE, entries, tokenizer
+from luthier.lab.tokenizer import SIZE, entries, save, tokenizer
 
 
 @functools.cache
@@ -56,8 +56,10 @@ FINGERPRINT = "f8e91a5ff2da4095"
 def test_a_saved_tokenizer_loads_with_plain_transformers(tmp_path):
     from transformers import AutoTokenizer
 
-    tokenizer().save_pretrained(tmp_path)
+    save(tmp_path, chat=True)
     loaded = AutoTokenizer.from_pretrained(tmp_path)
     assert loaded("the servers help <refuse>")["input_ids"] == tokenizer()("the servers help <refuse>")["input_ids"]
     chat = loaded.apply_chat_template([{"role": "user", "content": "copy 1 2 ="}], tokenize=False, add_generation_prompt=True)
     assert chat == "<bos> user : copy 1 2 = assistant :"
+    save(tmp_path / "base")
+    assert AutoTokenizer.from_pretrained(tmp_path / "base").chat_template is None and tokenizer().chat_template
