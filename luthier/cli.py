@@ -87,6 +87,13 @@ def _lab(args: argparse.Namespace) -> None:
     if args.action == "make":
         _lab_make(args, lab.make(_needed(args.spec, "lab make needs a task, e.g. `luthier lab make traces`.")))
         return
+    if args.action == "build":
+        from luthier.lab.build import build
+
+        found = build(_needed(args.spec, "lab build needs a model, e.g. `luthier lab build lm-s`."))
+        if args.json:
+            say_json(found)
+        return
     tasks, models = lab.tasks(), lab.models()
     if args.json:
         say_json({"tasks": tasks, "models": models})
@@ -272,9 +279,12 @@ def _add_listings(commands: Any) -> None:
     one = _add(commands, "explain", _explain, "say all about a paper or a method", json=True)
     one.add_argument("what", metavar="PAPER|METHOD", help="a paper's number or slug, or AXIS/NAME")
     one = _add(commands, "lab", _lab, "list the lab's tasks and models, or write a task's rows", json=True)
-    one.add_argument("action", choices=("list", "make"))
-    one.add_argument("spec", nargs="?", help="make: a task, e.g. 'traces?n=500&seed=3'")
+    one.add_argument("action", choices=("list", "make", "build"))
+    one.add_argument("spec", nargs="?", help="make: a task, e.g. 'traces?n=500&seed=3'; build: a model, e.g. lm-s")
     one.add_argument("--out", help="make: the folder to write to")
+    from luthier._cli.claims import add_arguments, claims
+
+    add_arguments(_add(commands, "claims", claims, "run the papers' claims and see what came of them", json=True))
 
 
 def _add_tuning(commands: Any) -> None:

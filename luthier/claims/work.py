@@ -1,0 +1,204 @@
+"""Running claims: one process a claim and seed, one thread each, as many at once as there are cores.
+
+A worker prints one line of JSON for every arm it has finished, and the parent stores it at once; so a crash or a kill costs no more
+than the arms in flight, and running again goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from luthier.claims import GRID_SEED, Arm, Claim, find
+from luthier.claims.evidence import Store, finite
+
+MARK = "\x1eluthier-claim "
+"""Begins a worker's line of results; everything else it prints is chatter."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One process: some arms of a claim at one seed."""
+
+    slug: str
+    seed: int
+    quick: bool
+    arms: tuple[str, ...]
+    points: tuple[str, ...] = ()
+    """JSON settings to try for each arm: a grid search."""
+
+
+def run(slugs: Iterable[str], quick: bool = False, seeds: Iterable[int] | None = None, cores: int | None = None, tell: Callable[[str], None] = print) -> None:
+    """Run claims until their evidence is whole; what is stored already is not run again."""
+    claims = [find(s) for s in slugs]
+    stores = {c.slug: Store(c) for c in claims}
+    cores = cores or os.cpu_count() or 1
+    _each(_grid_jobs(claims, stores, quick), stores, cores, tell)
+    _each(_jobs(claims, stores, quick, None if seeds is None else list(seeds)), stores, cores, tell)
+    for store in stores.values():
+        store.save()
+
+
+def _grid_jobs(claims: list[Claim], stores: dict[str, Store], quick: bool) -> list[Job]:
+    """Searches that are still to do. A quick run makes do with what is stored, else with a grid's middle."""
+    jobs: list[Job] = []
+    for claim in [] if quick else claims:
+        for arm in claim.arms.values():
+            open_points = tuple(json.dumps(p) for p in points(arm) if stores[claim.slug].grid_value(arm, p) is None)
+            if open_points and len(points(arm)) > 1:
+                jobs.append(Job(claim.slug, GRID_SEED, False, (arm.name,), open_points))
+    return jobs
+
+
+def _jobs(claims: list[Claim], stores: dict[str, Store], quick: bool, seeds: list[int] | None) -> list[Job]:
+    """Seeds go first around the claims, so that every claim has something early."""
+    jobs: list[Job] = []
+    for turn in range(max((len(seeds or c.seeds) for c in claims), default=0)):
+        for claim in claims:
+            mine = (seeds or claim.seeds)[: 1 if quick and seeds is None else None]
+            if turn < len(mine):
+                arms = tuple(a.name for a in claim.chosen_arms(quick) if not stores[claim.slug].has(a.name, mine[turn], quick))
+                if arms:
+                    jobs.append(Job(claim.slug, mine[turn], quick, arms))
+    return jobs
+
+
+def points(arm: Arm) -> list[dict[str, Any]]:
+    """Every combination of an arm's grid."""
+    found: list[dict[str, Any]] = [{}]
+    for key, values in arm.grid.items():
+        found = [{**p, key: v} for p in found for v in values]
+    return found
+
+
+def _each(jobs: list[Job], stores: dict[str, Store], cores: int, tell: Callable[[str], None]) -> None:
+    """Jobs on so many threads; each thread minds one process at a time."""
+    waiting, lock = list(jobs), threading.Lock()
+    processes: list[subprocess.Popen[str]] = []
+
+    def work() -> None:
+        while True:
+            with lock:
+                if not waiting:
+                    return
+                job = waiting.pop(0)
+            _one(job, stores[job.slug], processes, lock, tell)
+
+    threads = [threading.Thread(target=work, daemon=True) for _ in range(max(1, min(cores, len(jobs))))]
+    for thread in threads:
+        thread.start()
+    try:
+        while any(t.is_alive() for t in threads):
+            time.sleep(0.1)
+    finally:
+        with lock:
+            waiting.clear()
+        for process in processes:
+            if process.poll() is None:
+                process.terminate()
+
+
+def _one(job: Job, store: Store, processes: list[subprocess.Popen[str]], lock: threading.Lock, tell: Callable[[str], None]) -> None:
+    """A job's process; what it tells is stored as it comes."""
+    request = json.dumps([job.slug, job.seed, job.quick, job.arms, [json.loads(p) for p in job.points] or None, store.chosen()])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": ""}
+    process = subprocess.Popen([sys.executable, "-m", "luthier.claims.work", request], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    with lock:
+        processes.append(process)
+    said: list[str] = []
+    listener = threading.Thread(target=lambda: said.extend(process.stderr or ()), daemon=True)
+    listener.start()
+    finished = set()
+    for line in process.stdout or ():
+        if not line.startswith(MARK):
+            continue
+        record = json.loads(line[len(MARK) :])
+        finished.add(record["arm"])
+        with lock:
+            store.add_grid(record) if job.points else store.add(record)
+            store.save()
+        tell(_line(job, record, store.claim))
+    code = process.wait()
+    listener.join(1)
+    lost = [a for a in job.arms if a not in finished]
+    if code and lost:
+        why = next((s.strip() for s in reversed(said) if s.strip()), f"exit code {code}")
+        tell(f"{job.slug} seed {job.seed}: '{lost[0]}' ended early: {why}")
+        with lock:
+            store.failed(lost[0], job.seed, job.quick, why)
+            store.save()
+
+
+def _line(job: Job, record: dict[str, Any], claim: Claim) -> str:
+    value = record["metrics"].get(claim.metric)
+    shown = "not a number" if value is None else f"{value:.4g}"
+    where = f"grid {json.dumps(record['settings'])}" if job.points else f"seed {job.seed}{' (quick)' if job.quick else ''}"
+    return f"{job.slug} {where}: {record['arm']}: {claim.metric} {shown} in {record['seconds']:.0f} s"
+
+
+# -- in the worker -----------------------------------------------------------------------------------------------------------
+
+
+def _worker(slug: str, seed: int, quick: bool, arms: list[str], settings: list[dict[str, Any]] | None, chosen: dict[str, dict[str, Any]]) -> None:
+    import torch
+
+    from luthier.claims.trial import Shared
+
+    torch.set_num_threads(1)
+    claim, shared = find(slug), Shared()
+    for name in arms:
+        arm = claim.arms[name]
+        middle = {k: v[len(v) // 2] for k, v in arm.grid.items()}
+        for point in settings or [chosen.get(name, middle)]:
+            record = _arm(claim, arm, seed, quick, point, shared)
+            print(MARK + json.dumps(record), flush=True)
+
+
+def _arm(claim: Claim, arm: Arm, seed: int, quick: bool, point: dict[str, Any], shared: Any) -> dict[str, Any]:
+    import torch
+
+    from luthier.claims.trial import Trial
+
+    torch.manual_seed(seed)
+    trial = Trial(seed, arm.name, point, quick, shared)
+    _reset_peak()
+    before, started = _memory("VmRSS"), time.process_time()  # CPU time of one thread: what else the machine does is not the arm's cost
+    try:
+        metrics = dict(arm.run(trial))
+    finally:
+        trial.close()
+    if claim.metric not in metrics:
+        raise KeyError(f"the arm '{arm.name}' gives no '{claim.metric}'")
+    return {
+        "arm": arm.name, "seed": seed, "quick": quick, "settings": point, "metrics": {k: finite(v) for k, v in metrics.items()}, "spent": trial.spent,
+        "notes": trial.notes, "seconds": round(time.process_time() - started, 2), "extra_memory_mb": round(max(0, _memory("VmHWM") - before) / 1024, 1), "threads": torch.get_num_threads(),
+    }  # fmt: skip
+
+
+def _memory(field: str) -> int:
+    """Kilobytes, as Linux tells them; 0 elsewhere."""
+    try:
+        with open("/proc/self/status") as status:
+            return next(int(line.split()[1]) for line in status if line.startswith(field))
+    except (OSError, StopIteration):
+        return 0
+
+
+def _reset_peak() -> None:
+    """The peak of the arm before is not this arm's."""
+    try:
+        with open("/proc/self/clear_refs", "w") as control:
+            control.write("5")
+    except OSError:
+        pass
+
+
+if __name__ == "__main__":
+    _worker(*json.loads(sys.argv[1]))
