@@ -19,7 +19,7 @@ class Stale(UserError):
 
 def add_arguments(one: argparse.ArgumentParser) -> None:
     one.add_argument("action", choices=ACTIONS, help="list claims; run some; status: is evidence stale; show one; table: all 169 papers")
-    one.add_argument("claims", nargs="*", metavar="CLAIM", help="a paper's number or slug; none: all claims")
+    one.add_argument("claims", nargs="*", metavar="CLAIM", help="a paper's number or slug, or your own claim file; none: all claims")
     one.add_argument("--quick", action="store_true", help="one seed, a third of the steps, only the arms that matter")
     one.add_argument("--seeds", help="other seeds than the declared ones, e.g. 10,11,12")
     one.add_argument("--cores", type=int, help="how many arms run at once; default: all cores")
@@ -55,7 +55,7 @@ def _run(args: argparse.Namespace) -> Any:
         raise UserError(f"--seeds takes numbers, e.g. 10,11,12, not '{args.seeds}'.") from None
     if seeds is not None and len(set(seeds)) < 3 and not args.quick:
         raise UserError(f"A claim needs three or more seeds; --seeds gives {len(set(seeds))}. One seed shows nothing; `--quick` tries the code on one.")
-    chosen = [c.slug for c in _chosen(args)]
+    chosen = [str(c.file) for c in _chosen(args)]
     run(chosen, args.quick, seeds, args.cores, lambda line: print(line, file=sys.stderr if args.json else sys.stdout, flush=True))
     args.claims = chosen
     return _summaries(args, say_them=not args.json and not args.quick)
@@ -99,6 +99,9 @@ def _show(args: argparse.Namespace) -> Any:
     for line in (found["reason"], *found["flags"]):
         if line:
             say(paragraph(line, "  "))
+    if found["repeated"]:
+        r = found["repeated"]
+        say(f"Repeated on seeds {', '.join(map(str, r['seeds']))}: {r['verdict']}   {effect_text({'effect': r})}")
     rows = [(name, a["role"] or "-", number(a["means"].get(found["metric"])), f"{a['seconds']:.0f} s", extras(a["means"], found["metric"])) for name, a in found["arms"].items()]
     say("\n" + table(("arm", "role", found["metric"], "time", "also"), rows))
     return None
@@ -120,7 +123,7 @@ def effect_text(found: dict[str, Any]) -> str:
 def _table(args: argparse.Namespace) -> Any:
     from luthier.papers import evidence_of, papers
 
-    found = []
+    found: list[dict[str, Any]] = []
     for paper in papers():
         e = evidence_of(paper) or {}
         cost = e.get("cost") or {}

@@ -73,6 +73,7 @@ class Claim:
     """After a result that does not reproduce: what we think the cause is."""
     arms: dict[str, Arm] = field(default_factory=dict)
     slug: str = ""
+    file: Path = HERE
 
     def __post_init__(self) -> None:
         if len(set(self.seeds)) < 3:
@@ -110,27 +111,31 @@ def names() -> list[str]:
 
 
 def find(which: str | int) -> Claim:
-    """A claim by its paper's number, its slug, or its file's name."""
+    """A claim by its paper's number, its slug, or its file's name; or a file of your own, whose evidence is written beside it."""
     known = names()
+    if str(which).endswith(".py") and Path(str(which)).is_file():
+        return _read(Path(str(which)).resolve())
     text = str(which).strip().replace("-", "_").removesuffix(".py")
     for name in known:
         number, _, slug = name.partition("_")
         if text in (name, slug, number, str(int(number))):
-            return _read(name)
+            return _read(HERE / f"{name}.py")
     raise RecipeError(f"There is no claim '{which}'.{nearest(text, [*known, *(n[4:] for n in known)])} `luthier claims list` names them.")
 
 
-def _read(name: str) -> Claim:
+def _read(file: Path) -> Claim:
     """The claim of a file. A file's name begins with a digit, so it is loaded by its path."""
-    module_name = f"luthier.claims.{name}"
-    module = sys.modules.get(module_name)
-    if module is None:
-        spec = importlib.util.spec_from_file_location(module_name, HERE / f"{name}.py")
+    name = f"luthier.claims.{file.stem}" if file.parent == HERE else f"luthier_claim_{file.stem}"
+    module = sys.modules.get(name)
+    if module is None or module.__file__ != str(file):
+        spec = importlib.util.spec_from_file_location(name, file)
         assert spec is not None and spec.loader is not None
-        module = sys.modules[module_name] = importlib.util.module_from_spec(spec)
+        module = sys.modules[name] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-    claim: Claim = module.claim
-    claim.slug = name
+    claim = getattr(module, "claim", None)
+    if not isinstance(claim, Claim):
+        raise RecipeError(f"{file} defines no `claim = Claim(...)`.")
+    claim.slug, claim.file = file.stem, file
     for role in ("method", "baseline"):
         claim.of_role(role)  # type: ignore[arg-type]
     return claim

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from luthier import __version__, catalog
-from luthier.claims import Arm, Claim
+from luthier.claims import HERE, Arm, Claim
 from luthier.claims.statistics import paired, verdict
 
 FOLDER = catalog.PACKAGE / "evidence"
@@ -34,7 +34,7 @@ def finite(value: Any) -> float | None:
 def sources(claim: Claim) -> list[Path]:
     """The files that a claim's result rests on: itself, its methods and what their axes share, lab tasks and weights."""
     package = catalog.PACKAGE
-    files = [package / "claims" / f"{claim.slug}.py"]
+    files = [claim.file]
     for method in claim.methods:
         axis, _, name = method.partition("/")
         files.append(Path(catalog.find(axis, name).path))
@@ -50,7 +50,7 @@ def fingerprint(claim: Claim) -> str:
     """Changes when any of the sources does."""
     found = hashlib.sha256()
     for file in sources(claim):
-        found.update(file.relative_to(catalog.PACKAGE).as_posix().encode() + b"\0")
+        found.update(file.name.encode() + b"\0")
         found.update(_digest(file, file.stat().st_mtime_ns))
     return found.hexdigest()[:16]
 
@@ -63,7 +63,8 @@ def _digest(file: Path, changed: int) -> bytes:
 class Store:
     """The evidence file of one claim."""
 
-    def __init__(self, claim: Claim, folder: Path = FOLDER) -> None:
+    def __init__(self, claim: Claim, folder: Path | None = None) -> None:
+        folder = folder or (FOLDER if claim.file.parent == HERE else claim.file.parent)
         self.claim, self.path, self.hash = claim, folder / f"{claim.slug}.json", fingerprint(claim)
         found = json.loads(self.path.read_text(encoding="utf-8")) if self.path.is_file() else {}
         self.records: list[dict[str, Any]] = found.get("records", [])
@@ -90,15 +91,15 @@ class Store:
         return best
 
     # -- what comes in --------------------------------------------------------------------------------------------------------
-    def add(self, record: dict[str, Any]) -> None:
-        self.records.append({**record, "hash": self.hash, "versions": versions()})
-
-    def add_grid(self, record: dict[str, Any]) -> None:
-        kept = {k: record[k] for k in ("arm", "seed", "settings", "metrics", "seconds")}
-        self.grids.append({**kept, "hash": self.hash})
-
-    def failed(self, arm: str, seed: int, quick: bool, why: str) -> None:
-        self.failures.append({"arm": arm, "seed": seed, "quick": quick, "why": why, "hash": self.hash})
+    def take(self, record: dict[str, Any], grid: bool = False) -> None:
+        """What a worker tells: an arm's numbers, a point of its grid, or that it failed."""
+        if "error" in record:
+            self.failures.append({**record, "hash": self.hash})
+        elif grid:
+            self.grids.append({**{k: record[k] for k in ("arm", "seed", "settings", "metrics", "seconds")}, "hash": self.hash})
+        else:
+            self.records.append({**record, "hash": self.hash, "versions": versions()})
+        self.save()
 
     def save(self) -> None:
         """In one step: the file holds the old evidence or the new."""
@@ -109,10 +110,12 @@ class Store:
 
     # -- what it says ---------------------------------------------------------------------------------------------------------
     def counted(self, quick: bool = False) -> tuple[str, list[dict[str, Any]]]:
-        """The hash and records that the summary rests on: the code as it is once it has as many seeds as any before, else the fullest."""
+        """The hash and the records of the declared seeds that the summary rests on: the code as it is once it has three seeds, else the fullest.
+
+        Other seeds are a repetition, told apart: who may add seeds until a verdict comes will get one."""
         groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
         for record in self.records:
-            if record["quick"] == quick:
+            if record["quick"] == quick and record["seed"] in self.claim.seeds:
                 groups[record["hash"]].append(record)
         if not groups:
             return self.hash, []
@@ -130,7 +133,7 @@ class Store:
         table: dict[str, dict[int, dict[str, Any]]] = defaultdict(dict)
         for record in records:
             table[record["arm"]][record["seed"]] = record
-        flags = self._flags(table)
+        flags = self._flags(table) + sorted({f"{f['arm']}, seed {f['seed']}: failed: {f['error']}" for f in self.failures if f["hash"] == used and not f["quick"] and f["seed"] not in table[f["arm"]]})
         method, baseline = claim.of_role("method").name, claim.of_role("baseline").name
         effect, others = self._effect(table, method, baseline), {}
         for name in claim.arms:
@@ -142,8 +145,8 @@ class Store:
         return {
             "paper": claim.paper, "slug": claim.slug, "says": claim.says, "published": claim.published, "metric": claim.metric, "better": claim.better,
             "smallest": claim.smallest, "at_least": claim.at_least, "departs": claim.departs, "verdict": outcome, "reason": claim.reason,
-            "effect": None if effect is None else {**asdict(effect), "method": method, "baseline": baseline}, "against": others, "flags": flags,
-            "arms": {name: _arm_summary(claim, claim.arms[name], table[name]) for name in claim.arms if name in table},
+            "effect": None if effect is None else {**asdict(effect), "method": method, "baseline": baseline}, "against": others, "flags": flags, "repeated": self._repeated(method, baseline),
+            "arms": {name: _arm_summary(claim, claim.arms[name], table[name]) for name in claim.arms if table.get(name)},
             "cost": _cost(table, method, baseline), "hash": used, "versions": records[-1]["versions"] if records else versions(),
             "methods": list(claim.methods), "failures": self.failures, "grids": self.grids, "records": self.records,
         }  # fmt: skip
@@ -154,6 +157,16 @@ class Store:
         if len(pairs) < 3 or any(x is None or y is None for x, y in pairs):
             return None
         return paired([x for x, _ in pairs], [y for _, y in pairs], self.claim.better)
+
+    def _repeated(self, method: str, baseline: str) -> dict[str, Any] | None:
+        """The effect and verdict on seeds that the claim did not declare, with the code as it is."""
+        table: dict[str, dict[int, dict[str, Any]]] = defaultdict(dict)
+        for record in self.records:
+            if record["seed"] not in self.claim.seeds and record["hash"] == self.hash and not record["quick"]:
+                table[record["arm"]][record["seed"]] = record
+        effect = self._effect(table, method, baseline)
+        seeds = sorted(table[method])
+        return None if effect is None else {"seeds": seeds, **asdict(effect), "verdict": verdict(effect, self.claim.smallest, self.claim.at_least)}
 
     def _flags(self, table: dict[str, dict[int, dict[str, Any]]]) -> list[str]:
         """What should keep a reader from trusting the verdict. Any of them makes it `unclear`."""
@@ -213,7 +226,7 @@ def versions() -> dict[str, str]:
     return {"luthier": __version__, "python": platform.python_version(), "machine": platform.machine(), **{n: version(n) for n in ("torch", "transformers", "numpy")}}
 
 
-def is_stale(claim: Claim, folder: Path = FOLDER) -> bool | None:
+def is_stale(claim: Claim, folder: Path | None = None) -> bool | None:
     """Whether evidence rests on other code than there is now; None: there is none."""
     store = Store(claim, folder)
     used, records = store.counted()

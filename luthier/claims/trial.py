@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -60,20 +61,22 @@ class Trial:
             self.spent[key] = self.spent.get(key, 0.0) + float(amount)
 
     # -- recipes -----------------------------------------------------------------------------------------------------------
-    def tune(self, model: Any, train: Sequence[Mapping[str, Any]] | Any, steps: int, batch: int = 32, lr: float | None = None, **recipe: Any) -> Any:
-        """Run a recipe and give the tuned model; what it took is put on the arm's account. `steps` are scaled in a quick run."""
+    def tune(self, model: Any, rows: Sequence[Mapping[str, Any]] | Any, steps: int, batch: int = 32, lr: float | None = None, **recipe: Any) -> Any:
+        """Run a recipe and give the tuned model; what it took is put on the arm's account. `steps` are scaled in a quick run.
+
+        A model in memory stays as it is, so that arms can share a start."""
         import luthier
 
         self.runs += 1
         folder = self.folder / f"{self.runs:03d}"
         setting = {"steps": self.scaled(steps), "batch": batch, "seed": self.seed, "schedule": "cosine", "warmup": 0.05, "save_every": 0, "log_every": 25, **recipe.pop("train", {})}
-        streams = {"train": list(train), **recipe.pop("data", {})}
+        streams = {"train": list(rows), **recipe.pop("data", {})}
         recipe.setdefault("adapt", "full")
         if lr is not None:
-            recipe["optimize"] = {"method": "adamw", "lr": lr, **({} if "optimize" not in recipe else recipe["optimize"])}
-        done = luthier.tune({"model": model, "data": streams, "train": setting, "measure": [], **recipe}, run=folder)
+            recipe["optimize"] = {"method": "adamw", "lr": lr, **recipe.get("optimize", {})}
+        done = luthier.tune({"model": _apart(model), "data": streams, "train": setting, "measure": [], **recipe}, run=folder)
         self.account(folder, setting["batch"])
-        tuned = done.model()
+        tuned = _tuned(done, model)
         shutil.rmtree(folder, ignore_errors=True)
         return tuned
 
@@ -88,7 +91,7 @@ class Trial:
                 self.spent["trained"] = float(found.get("trained", 0))
 
     # -- judging -----------------------------------------------------------------------------------------------------------
-    def right(self, model: Any, rows: Sequence[Mapping[str, Any]], verify: Callable[[Mapping[str, Any], str], Any], max_new: int = 24) -> float:
+    def right(self, model: Any, rows: Sequence[Mapping[str, Any]], verify: Callable[[Any, str], Any], max_new: int = 24) -> float:
         """The share of greedy answers that the task's own program accepts."""
         answers = self.answers(model, rows, max_new)
         return sum(_score(verify(row, answer)) for row, answer in zip(rows, answers)) / max(1, len(rows))
@@ -113,3 +116,21 @@ class Trial:
 
 def _score(found: Any) -> float:
     return float(getattr(found, "score", found) >= 1.0)
+
+
+def _apart(model: Any) -> Any:
+    """A copy of a model in memory, since recipes tune it in place; names and folders as they are."""
+    if not hasattr(model, "network"):
+        return model
+    twin = copy.copy(model)
+    twin.network, twin.modules = copy.deepcopy(model.network), copy.deepcopy(model.modules)
+    return twin
+
+
+def _tuned(done: Any, model: Any) -> Any:
+    """A run's model. An adapter on a model in memory goes onto a copy of that model, which may lie in no folder any more."""
+    from luthier.core.models import load
+
+    if hasattr(model, "network") and (done.model_path / "adapter_config.json").is_file():
+        return load(str(done.model_path), base=_apart(model))
+    return done.model()

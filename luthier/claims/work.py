@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -27,7 +28,7 @@ MARK = "\x1eluthier-claim "
 class Job:
     """One process: some arms of a claim at one seed."""
 
-    slug: str
+    claim: Claim
     seed: int
     quick: bool
     arms: tuple[str, ...]
@@ -53,7 +54,7 @@ def _grid_jobs(claims: list[Claim], stores: dict[str, Store], quick: bool) -> li
         for arm in claim.arms.values():
             open_points = tuple(json.dumps(p) for p in points(arm) if stores[claim.slug].grid_value(arm, p) is None)
             if open_points and len(points(arm)) > 1:
-                jobs.append(Job(claim.slug, GRID_SEED, False, (arm.name,), open_points))
+                jobs.append(Job(claim, GRID_SEED, False, (arm.name,), open_points))
     return jobs
 
 
@@ -66,7 +67,7 @@ def _jobs(claims: list[Claim], stores: dict[str, Store], quick: bool, seeds: lis
             if turn < len(mine):
                 arms = tuple(a.name for a in claim.chosen_arms(quick) if not stores[claim.slug].has(a.name, mine[turn], quick))
                 if arms:
-                    jobs.append(Job(claim.slug, mine[turn], quick, arms))
+                    jobs.append(Job(claim, mine[turn], quick, arms))
     return jobs
 
 
@@ -82,14 +83,20 @@ def _each(jobs: list[Job], stores: dict[str, Store], cores: int, tell: Callable[
     """Jobs on so many threads; each thread minds one process at a time."""
     waiting, lock = list(jobs), threading.Lock()
     processes: list[subprocess.Popen[str]] = []
+    errors: list[BaseException] = []
 
     def work() -> None:
-        while True:
+        try:
+            while True:
+                with lock:
+                    if not waiting:
+                        return
+                    job = waiting.pop(0)
+                _one(job, stores[job.claim.slug], processes, lock, tell)
+        except BaseException as error:  # a full disk, say; it is raised where the user hears it
+            errors.append(error)
             with lock:
-                if not waiting:
-                    return
-                job = waiting.pop(0)
-            _one(job, stores[job.slug], processes, lock, tell)
+                waiting.clear()
 
     threads = [threading.Thread(target=work, daemon=True) for _ in range(max(1, min(cores, len(jobs))))]
     for thread in threads:
@@ -103,11 +110,13 @@ def _each(jobs: list[Job], stores: dict[str, Store], cores: int, tell: Callable[
         for process in processes:
             if process.poll() is None:
                 process.terminate()
+    if errors:
+        raise errors[0]
 
 
 def _one(job: Job, store: Store, processes: list[subprocess.Popen[str]], lock: threading.Lock, tell: Callable[[str], None]) -> None:
     """A job's process; what it tells is stored as it comes."""
-    request = json.dumps([job.slug, job.seed, job.quick, job.arms, [json.loads(p) for p in job.points] or None, store.chosen()])
+    request = json.dumps([str(job.claim.file), job.seed, job.quick, job.arms, [json.loads(p) for p in job.points] or None, store.chosen()])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": ""}
     process = subprocess.Popen([sys.executable, "-m", "luthier.claims.work", request], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
     with lock:
@@ -122,25 +131,27 @@ def _one(job: Job, store: Store, processes: list[subprocess.Popen[str]], lock: t
         record = json.loads(line[len(MARK) :])
         finished.add(record["arm"])
         with lock:
-            store.add_grid(record) if job.points else store.add(record)
-            store.save()
-        tell(_line(job, record, store.claim))
+            store.take(record, grid=bool(job.points))
+        tell(_line(job, record))
     code = process.wait()
     listener.join(1)
     lost = [a for a in job.arms if a not in finished]
     if code and lost:
         why = next((s.strip() for s in reversed(said) if s.strip()), f"exit code {code}")
-        tell(f"{job.slug} seed {job.seed}: '{lost[0]}' ended early: {why}")
+        record = {"arm": lost[0], "seed": job.seed, "quick": job.quick, "error": f"the process ended early: {why}"}
         with lock:
-            store.failed(lost[0], job.seed, job.quick, why)
-            store.save()
+            store.take(record)
+        tell(_line(job, record))
 
 
-def _line(job: Job, record: dict[str, Any], claim: Claim) -> str:
+def _line(job: Job, record: dict[str, Any]) -> str:
+    claim = job.claim
+    if "error" in record:
+        return f"{claim.slug} seed {job.seed}: {record['arm']} FAILED: {record['error']}"
     value = record["metrics"].get(claim.metric)
     shown = "not a number" if value is None else f"{value:.4g}"
     where = f"grid {json.dumps(record['settings'])}" if job.points else f"seed {job.seed}{' (quick)' if job.quick else ''}"
-    return f"{job.slug} {where}: {record['arm']}: {claim.metric} {shown} in {record['seconds']:.0f} s"
+    return f"{claim.slug} {where}: {record['arm']}: {claim.metric} {shown} in {record['seconds']:.0f} s"
 
 
 # -- in the worker -----------------------------------------------------------------------------------------------------------
@@ -157,7 +168,11 @@ def _worker(slug: str, seed: int, quick: bool, arms: list[str], settings: list[d
         arm = claim.arms[name]
         middle = {k: v[len(v) // 2] for k, v in arm.grid.items()}
         for point in settings or [chosen.get(name, middle)]:
-            record = _arm(claim, arm, seed, quick, point, shared)
+            try:
+                record = _arm(claim, arm, seed, quick, point, shared)
+            except Exception as error:  # the other arms can still tell something
+                traceback.print_exc()
+                record = {"arm": name, "seed": seed, "quick": quick, "settings": point, "error": f"{type(error).__name__}: {error}"}
             print(MARK + json.dumps(record), flush=True)
 
 

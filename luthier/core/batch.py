@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -264,7 +265,7 @@ def _group(sequences: SequenceOf[Sequence], limit: int, min_gain: float, dear: i
     keys = [s.ids.astype(">i8").tobytes() for s in sequences]
     order = sorted(range(len(sequences)), key=lambda i: (keys[i], i))
     length = [len(sequences[i]) for i in order]
-    common = [0, *(_common(sequences[a].ids, sequences[b].ids) for a, b in zip(order, order[1:]))]
+    common = [0, *(_common(sequences[a].ids, sequences[b].ids) for a, b in pairwise(order))]
     total, longest = sum(length) - sum(common), max(length)
 
     def cost(bins: int, longest_bin: int) -> float:

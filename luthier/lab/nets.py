@@ -18,14 +18,18 @@ SAME_CLASS = {"lm-s.b": "lm-s", "lm-s@half": "lm-s", "chat": "lm-s"}
 
 
 def fresh(name: str, seed: int = 0, **changes) -> torch.nn.Module:
-    """An untrained model of a shipped model's class; `changes` override fields of its configuration."""
-    known = [*LLAMA, *SAME_CLASS, "enc", "vit"]
+    """An untrained model of a shipped model's class, or a perceptron for digits (`mlp`); `changes` override fields of its configuration."""
+    known = [*LLAMA, *SAME_CLASS, "enc", "vit", "mlp"]
     if name not in known:
         raise ModelError(f"the lab builds no model '{name}'.{nearest(name, known)}")
     torch.manual_seed(seed)
     kind = SAME_CLASS.get(name, name)
     if kind in LLAMA:
         return _llama({**LLAMA[kind], **changes})
+    if kind == "mlp":
+        from luthier.lab._mlp import perceptron
+
+        return perceptron(changes)
     return (_bert if kind == "enc" else _vit)(changes)
 
 

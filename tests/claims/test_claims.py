@@ -1,0 +1,135 @@
+"""Running claims, keeping their evidence, and what is refused or flagged."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from luthier.claims import Claim, find, names
+from luthier.claims.evidence import Store, is_stale
+from luthier.claims.work import run
+from luthier.cli import main
+from luthier.errors import RecipeError
+from luthier.papers import papers
+
+
+@pytest.fixture
+def toy(tmp_path):
+    return Path(shutil.copy(Path(__file__).with_name("toy_claim.py"), tmp_path / "toy.py"))
+
+
+def evidence(toy):
+    return json.loads(toy.with_suffix(".json").read_text())
+
+
+def go(toy, **options):
+    run([str(toy)], tell=lambda line: None, **options)
+    return evidence(toy)
+
+
+def test_a_claim_is_searched_run_and_judged(toy):
+    found = go(toy)
+    assert found["verdict"] == "reproduced" and found["flags"] == []
+    assert found["effect"]["mean"] == pytest.approx(0.2) and found["effect"]["n"] == 3
+    assert found["arms"]["two"]["settings"] == {"lr": 0.2} and {g["seed"] for g in found["grids"]} == {100} and len(found["grids"]) == 3
+    assert found["arms"]["one"]["spent"] == {"rows": 90.0}  # what arms share is nobody's
+    assert found["against"]["third"]["mean"] == pytest.approx(0.11)
+    assert {"torch", "transformers", "python"} <= found["versions"].keys()
+    assert not is_stale(find(toy))
+
+
+def test_quick_runs_append_and_never_count(toy):
+    quick = go(toy, quick=True)
+    assert quick["verdict"] is None and {r["arm"] for r in quick["records"]} == {"one", "two"} and quick["records"][0]["spent"]["rows"] == 30
+    whole = go(toy)
+    again = go(toy, quick=True)
+    assert again["records"] == whole["records"] and again["verdict"] == "reproduced"
+    assert sum(r["quick"] for r in whole["records"]) == 2
+
+
+def test_other_seeds_are_a_repetition_and_do_not_change_the_verdict(toy):
+    go(toy)
+    found = go(toy, seeds=[10, 11, 12])
+    assert found["effect"]["n"] == 3 and found["repeated"]["seeds"] == [10, 11, 12] and found["repeated"]["verdict"] == "reproduced"
+
+
+def test_a_changed_claim_makes_evidence_stale_and_a_wrong_sign_turns_it(toy, capsys):
+    go(toy)
+    toy.write_text(toy.read_text().replace("0.6 +", "0.2 +"))
+    sys.modules.pop("luthier_claim_toy", None)
+    assert is_stale(find(toy))
+    assert main(["claims", "status", str(toy)]) == 1 and "stale" in capsys.readouterr().err
+    assert evidence(toy)["verdict"] == "reproduced"
+    found = go(toy)
+    assert found["verdict"] == "not reproduced" and len(found["records"]) == 18 and not is_stale(find(toy))
+
+
+@pytest.mark.parametrize(("variable", "words"), [("TOY_NAN", "not a number"), ("TOY_UNEQUAL", "unequal rows"), ("TOY_FAIL", "on purpose")])
+def test_what_is_wrong_is_flagged_and_gives_no_verdict(toy, monkeypatch, variable, words):
+    monkeypatch.setenv(variable, "1")
+    found = go(toy)
+    assert any(words in flag for flag in found["flags"])
+    assert found["verdict"] in (None, "unclear")
+    if variable == "TOY_NAN":
+        assert found["arms"]["two"]["means"]["score"] is None and found["effect"] is None
+
+
+def test_a_metric_outside_its_span_is_flagged(toy):
+    toy.write_text(toy.read_text().replace('{"score": 0.5}', '{"score": 1.5}'))
+    assert any("outside" in flag for flag in go(toy)["flags"])
+
+
+def test_a_kill_costs_no_more_than_the_arm_in_flight(toy):
+    environment = {**os.environ, "TOY_SLEEP": "60"}
+    process = subprocess.Popen([sys.executable, "-m", "luthier.cli", "claims", "run", str(toy), "--cores", "1"], env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    line = next(line for line in process.stdout if "seed 0: two" in line)
+    assert line
+    time.sleep(0.2)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    kept = evidence(toy)
+    assert [(r["arm"], r["seed"]) for r in kept["records"]] == [("two", 0)] and len(kept["grids"]) == 3
+    whole = go(toy)
+    assert whole["verdict"] == "reproduced" and len(whole["records"]) == 9 and whole["records"][0] == kept["records"][0]
+
+
+def test_claims_that_are_not_claims_are_refused(tmp_path, capsys):
+    with pytest.raises(RecipeError, match="three or more seeds"):
+        Claim(paper=1, says="", published="", metric="m", smallest=0.1, seeds=(0,))
+    with pytest.raises(RecipeError, match="grids are searched"):
+        Claim(paper=1, says="", published="", metric="m", smallest=0.1, seeds=(0, 1, 100))
+    with pytest.raises(RecipeError, match="smallest"):
+        Claim(paper=1, says="", published="", metric="m", smallest=0.0)
+    (tmp_path / "empty.py").write_text("")
+    with pytest.raises(RecipeError, match="defines no"):
+        find(tmp_path / "empty.py")
+    assert main(["claims", "show", "no-such"]) == 2
+    assert main(["claims", "run", "33", "--seeds", "1"]) == 2 and "three or more" in capsys.readouterr().err
+    assert main(["claims", "run", "33", "--seeds", "a,b"]) == 2
+
+
+@pytest.mark.parametrize("name", names())
+def test_every_claim_is_well_formed(name):
+    claim = find(name)
+    paper = next(p for p in papers() if p.n == claim.paper)
+    assert paper.claim == name, "the file is named after its paper"
+    assert claim.says and claim.published and claim.methods
+    assert len(claim.of_role("method").grid.get("lr", ())) == len(claim.of_role("baseline").grid.get("lr", ())), "both are tuned alike"
+    Store(claim).summary()
+
+
+def test_listing_shows_and_table(toy, capsys):
+    go(toy)
+    assert main(["claims", "show", str(toy)]) == 0
+    shown = capsys.readouterr().out
+    assert "reproduced" in shown and "third" in shown and "Published: always" in shown
+    assert main(["claims", "list", "--json"]) == 0
+    assert {c["claim"] for c in json.loads(capsys.readouterr().out)} == set(names())
+    assert main(["claims", "table", "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)) == 169
