@@ -129,7 +129,8 @@ def test_a_weight_column_weighs_rows(tmp_path):
     """Rows of weight 0 teach nothing: the run is that of the others alone, batch for batch."""
     some = rows(PAIRS, 4)
     train = {"steps": 3, "batch": 8}
-    made = recipe(tmp_path, train=train, **FULL)
+    # plain gradients: Adam would make rounding of tiny ones as large as a step
+    made = recipe(tmp_path, train=train, **{**FULL, "optimize": {"method": "sgd", "lr": 0.5}})
     write_rows(tmp_path / "train.jsonl", [{**r, "weight": 1.0} for r in some] + [{**r, "weight": 0.0} for r in rows(PAIRS, 4, 9)])
     tune(made, tmp_path / "weighted")
     write_rows(tmp_path / "train.jsonl", some)

@@ -6,7 +6,7 @@ from luthier.lab import make
 from luthier.select import Selector
 
 NEW = ("sort", "sortd", "runmax")
-SKILLS = ("copy", "reverse", *NEW)
+SKILLS = ("copy", *NEW)
 STEPS, BATCH, CANDIDATES = 300, 8, 4
 
 claim = Claim(
@@ -21,7 +21,7 @@ claim = Claim(
     tasks=("traces",),
     models=("lm-s",),
     departs="A 0.43M model and list questions of one length, 60 % of them copying, which the model can do, and 5 % random words; all weights are tuned, 8 of 32 candidates a step, "
-    "the loss is on answers only, and utility and diversity are put on one scale (alpha 1) because the paper's alpha belongs to 7B models.",
+    "and utility and diversity are put on one scale (alpha 1) because the paper's alpha belongs to 7B models.",
 )
 GRID = {"lr": (1e-4, 3e-4, 1e-3)}
 
@@ -42,7 +42,7 @@ def pool(trial):
     """Rows of four digits in and four out, so that no score can be had by length; and test questions, as many of every skill."""
     n, rest = STEPS * BATCH * CANDIDATES, ",".join(SKILLS[1:])
     knobs = {"operands": "4", "seed": trial.seed}
-    easy, hard = make("traces", skills="copy", n=round(0.6 * n), test=50, **knobs), make("traces", skills=rest, n=n - round(0.6 * n), test=400, **knobs)
+    easy, hard = make("traces", skills="copy", n=round(0.6 * n), test=50, **knobs), make("traces", skills=rest, n=n - round(0.6 * n), test=300, **knobs)
     words = make("traces", skills="copy", n=2 * n // 20, test=1, garbage=1.0, seed=trial.seed).train
     words = [w for w in words if len(w["prompt"].split()) >= 6 and len(w["completion"].split()) >= 4][: n // 20]
     garbage = [{"prompt": " ".join(w["prompt"].split()[:6]), "completion": " ".join(w["completion"].split()[:4]), "meta": w["meta"]} for w in words]
@@ -51,7 +51,7 @@ def pool(trial):
 
 def judged(trial, **recipe):
     rows, test, verify = trial.once("pool", lambda: pool(trial))
-    model = trial.tune("lab:lm-s", rows, steps=STEPS, lr=trial["lr"], objective="sft", **{"batch": BATCH, **recipe})
+    model = trial.tune("lab:lm-s", rows, steps=STEPS, lr=trial["lr"], objective="sft", data={"train_on": "all"}, **{"batch": BATCH, **recipe})
     right = {skill: [] for skill in SKILLS}
     for row, answer in zip(test, trial.answers(model, test)):
         right[row["meta"]["skill"]].append(verify(row, answer).score >= 1)

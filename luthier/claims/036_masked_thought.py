@@ -1,4 +1,4 @@
-"""Masked-thought fine-tuning against plain fine-tuning on 100 worked chains of five operands, trained for a long time."""
+"""Masked-thought fine-tuning against plain fine-tuning on 80 worked chains of five operands, trained for a long time."""
 
 from luthier.claims import Claim
 from luthier.lab import make
@@ -14,21 +14,21 @@ claim = Claim(
     methods=("objective/masked-thought", "objective/sft"),
     tasks=("traces",),
     models=("lm-s",),
-    departs="100 chains of five operands modulo 10 with their running values, seen 96 times; a model of 0.4 M parameters that knows chains of two to four. "
+    departs="80 chains of five operands modulo 10 with their running values, seen a hundred times; a model of 0.4 M parameters that knows chains of two to four. "
     "The method's arm is the MetaMath form (mask token, rate 0.2), as a tiny model is hurt more by corruption; the GSM8K form is an arm beside it.",
 )
 GRID = {"lr": (1e-4, 3e-4, 1e-3)}
 
 
 def chains(seed):
-    return make("traces", skills="chain", operands="5", n=100, seed=seed, test=500)
+    return make("traces", skills="chain", operands="5", n=80, seed=seed, test=500)
 
 
 def judged(trial, change=None, **recipe):
     """Tune on the chains, `change`d or not; count right final answers, and how often a planted false state is seen through."""
     task = trial.once("chains", lambda: chains(trial.seed))
     rows = change(task.train) if change else task.train
-    model = trial.tune("lab:lm-s", rows, steps=600, batch=16, lr=trial["lr"], **recipe)
+    model = trial.tune("lab:lm-s", rows, steps=500, batch=16, lr=trial["lr"], **recipe)
     right = [task.verify(row, answer).parsed["final_right"] for row, answer in zip(task.test, trial.answers(model, task.test))]
     return {"right answers": sum(right) / len(right), "sees through a false state": through(trial, model, task.test), "general": trial.general(model, 200)}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,7 +24,7 @@ class Queue:
 
     def push(self, ids: Any, **fields: Tensor) -> None:
         """Append detached features (first dimension: entries); the oldest fall out."""
-        ids = torch.as_tensor(ids, dtype=torch.long).flatten().cpu()
+        ids = torch.as_tensor(np.array(ids), dtype=torch.long).flatten()
         for name, value in fields.items():
             value = value.detach()
             old = self.fields.get(name, value[:0])
