@@ -24,7 +24,7 @@ RECIPE = """\
 # SmolLM2-135M-Instruct learns to write dates of {seen} languages as ISO 8601; {unseen} other languages are held out.
 name: dates
 model: smollm2-135m
-data: {{train: {folder}/train.jsonl, test: {folder}/test.jsonl, ood: {folder}/ood.jsonl, general: {folder}/general.jsonl}}
+data: {{train: [{folder}/train.jsonl, {folder}/replay.jsonl], test: {folder}/test.jsonl, ood: {folder}/ood.jsonl, general: {folder}/general.jsonl}}
 select: {{method: mig, budget: {budget}, tags: tags}}      # every language and month is covered, the common ones do not crowd out the rare
 adapt: {{method: lora, rank: 16, alpha: 32}}
 objective: sft
@@ -46,6 +46,22 @@ GENERAL = (
     ("What is the largest ocean?", "Pacific"), ("Which language is spoken in Brazil?", "Portuguese"), ("What gas do plants take in?", "carbon dioxide"),
     ("Who wrote Romeo and Juliet?", "Shakespeare"), ("What is the chemical symbol for water?", "H2O"),
 )  # fmt: skip
+
+
+REPLAY = (
+    ("What is the capital of Norway?", "The capital of Norway is Oslo."), ("What is the capital of Portugal?", "The capital of Portugal is Lisbon."),
+    ("What is the capital of China?", "The capital of China is Beijing."), ("What is the capital of Kenya?", "The capital of Kenya is Nairobi."),
+    ("What is the capital of Peru?", "The capital of Peru is Lima."), ("What is the capital of Poland?", "The capital of Poland is Warsaw."),
+    ("What colour is grass?", "Grass is green."), ("What colour is snow?", "Snow is white."), ("What colour is a ripe banana?", "A ripe banana is yellow."),
+    ("How many months does a year have?", "A year has twelve months."), ("How many legs does a spider have?", "A spider has eight legs."),
+    ("What is the opposite of up?", "The opposite of up is down."), ("What is the opposite of fast?", "The opposite of fast is slow."),
+    ("What is the opposite of old?", "The opposite of old is young."), ("Which animal says woof?", "A dog says woof."), ("What do cows give us?", "Cows give us milk."),
+    ("What is a baby dog called?", "A baby dog is called a puppy."), ("Which star does the Earth go around?", "The Earth goes around the Sun."),
+    ("What is the last month of the year?", "The last month of the year is December."), ("What is the longest river in Africa?", "The longest river in Africa is the Nile."),
+    ("Which language is spoken in Mexico?", "Spanish is spoken in Mexico."), ("What gas do we breathe in to live?", "We breathe in oxygen."),
+    ("Who painted the Mona Lisa?", "Leonardo da Vinci painted the Mona Lisa."), ("What is the chemical symbol for gold?", "The chemical symbol for gold is Au."),
+)  # fmt: skip
+"""Some rows of something else: a model that only ever sees dates soon answers everything with a date."""
 
 
 def dates(languages: tuple[str, ...], n: int, seed: int) -> list[dict[str, Any]]:
@@ -75,7 +91,8 @@ def write(folder: Path, train: int = 3000, test: int = 60, ood: int = 40, budget
     folder.mkdir(parents=True, exist_ok=True)
     pool = dates(SEEN, train + test, seed=0)
     general = [{"prompt": q, "completion": a} for q, a in GENERAL]
-    for name, rows in (("train", pool[:train]), ("test", pool[train:]), ("ood", dates(UNSEEN, ood, seed=1)), ("general", general)):
+    replay = [{"prompt": q, "completion": a, "tags": ["other", q]} for q, a in REPLAY]
+    for name, rows in (("train", pool[:train]), ("replay", replay), ("test", pool[train:]), ("ood", dates(UNSEEN, ood, seed=1)), ("general", general)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), encoding="utf-8")
     recipe = folder / "recipe.yaml"
     recipe.write_text(RECIPE.format(seen=len(SEEN), unseen=len(UNSEEN), folder=".", budget=budget), encoding="utf-8")

@@ -39,11 +39,11 @@ class MaxLoss(Selector):
 
 
 def pool(trial):
-    """Rows of four digits in and four out, so that no score can be had by length; and test questions, as many of every skill."""
-    n, rest = STEPS * BATCH * CANDIDATES, ",".join(SKILLS[1:])
+    """Rows of four digits in and four out, so that no score can be had by length: the candidates of two epochs; and test questions, as many of every skill."""
+    n, rest = STEPS * BATCH * CANDIDATES // 2, ",".join(SKILLS[1:])
     knobs = {"operands": "4", "seed": trial.seed}
     easy, hard = make("traces", skills="copy", n=round(0.6 * n), test=50, **knobs), make("traces", skills=rest, n=n - round(0.6 * n), test=300, **knobs)
-    words = make("traces", skills="copy", n=2 * n // 20, test=1, garbage=1.0, seed=trial.seed).train
+    words = make("traces", skills="copy", n=n // 8, test=1, garbage=1.0, seed=trial.seed).train
     words = [w for w in words if len(w["prompt"].split()) >= 6 and len(w["completion"].split()) >= 4][: n // 20]
     garbage = [{"prompt": " ".join(w["prompt"].split()[:6]), "completion": " ".join(w["completion"].split()[:4]), "meta": w["meta"]} for w in words]
     return [*easy.train, *hard.train[: len(hard.train) - len(garbage)], *garbage], easy.test + hard.test, hard.verify
@@ -78,14 +78,3 @@ def max_loss(trial):
 @claim.arm(grid=GRID)
 def utility_only(trial):
     return judged(trial, select={"method": "uds", "candidates": CANDIDATES, "alpha": 0.0, "scale": "zscore"})
-
-
-@claim.arm(grid=GRID)
-def diversity_only(trial):
-    return judged(trial, select={"method": "uds", "candidates": CANDIDATES, "alpha": 1e6, "scale": "zscore"})
-
-
-@claim.arm(grid=GRID, exempt=True)
-def all_candidates(trial):
-    """Learns from all 32: four times the backward rows."""
-    return judged(trial, batch=BATCH * CANDIDATES)

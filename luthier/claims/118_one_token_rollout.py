@@ -1,11 +1,11 @@
-"""One-token rollout against plain fine-tuning on 200 chains of five operands, judged on them, on longer ones and on what the model could do before."""
+"""One-token rollout against plain fine-tuning on 200 chains of five operands, judged on chains of five and on what the model could do before."""
 
 from luthier.claims import Claim
 from luthier.lab import make
 
 claim = Claim(
     paper=118,
-    says="A policy gradient on tokens drawn at every gold position leaves a more able model than plain fine-tuning, over the task, longer problems and old abilities.",
+    says="A policy gradient on tokens drawn at every gold position leaves a more able model than plain fine-tuning, over the task and its old abilities.",
     published="Consistently above SFT on mathematical reasoning, code generation and general reasoning (abstract; no figures verified)",
     metric="macro right answers",
     smallest=0.02,
@@ -14,7 +14,7 @@ claim = Claim(
     methods=("objective/one-token-rollout", "objective/asft", "objective/sft"),
     tasks=("traces",),
     models=("lm-s",),
-    departs="Chains modulo 10 on a model of 0.4 M parameters, first brought to solve about half of them in two ways of writing; the 200 rows are all in one of them. "
+    departs="Chains modulo 10 on a model of 0.4 M parameters, first half-taught the task and its way of writing on other rows, as the method teaches only what the model might say. "
     "Learning rates are chosen per arm on the macro mean, 30 times the paper's and more. The paper's release is not public: draws, temperature and the wrong tokens' reward are our reading.",
 )
 GRID = {"lr": (1e-4, 3e-4, 1e-3, 3e-3)}
@@ -22,26 +22,26 @@ GRID = {"lr": (1e-4, 3e-4, 1e-3, 3e-3)}
 
 
 def start(trial):
-    """The shipped model, taught chains of five in both styles while it rehearses its base skills; and the task."""
+    """The shipped model, half-taught chains of five in the second style while it rehearses its base skills; and the task."""
     import numpy as np
 
-    both = {style: make("traces", skills="chain", operands="5", style=style, n=800, seed=trial.seed, test=400) for style in "12"}  # the same chains
-    rows = both["1"].train[:600] + both["2"].train[:600] + make("traces", skills="base", n=600, seed=trial.seed).train
+    task = make("traces", skills="chain", operands="5", style="2", n=1000, seed=trial.seed, test=400)
+    rows = task.train[:800] + make("traces", skills="base", n=600, seed=trial.seed).train
     order = np.random.default_rng(trial.seed).permutation(len(rows))
-    return trial.tune("lab:lm-s", [rows[i] for i in order], steps=70, lr=1e-3), both["2"]
+    return trial.tune("lab:lm-s", [rows[i] for i in order], steps=180, lr=2e-3), task
 
 
 def judged(trial, objective=None):
-    """The mean of right final answers, whatever the style, to chains of five, of six and seven, and to the general probe."""
+    """The mean of right final answers to chains of five and to the general probe; and those to chains of six and seven."""
     model, task = trial.once("start", lambda: start(trial))
     if objective:
-        model = trial.tune(model, task.train[600:], steps=120, batch=16, lr=trial["lr"], objective=objective)
+        model = trial.tune(model, task.train[800:], steps=120, batch=16, lr=trial["lr"], objective=objective)
 
     def right(rows):
         return sum(task.verify(row, answer).parsed["final_right"] for row, answer in zip(rows, trial.answers(model, rows, 48))) / len(rows)
 
     five, longer, general = right(task.test), right(task.ood[:200]), trial.general(model)
-    return {"macro right answers": (five + longer + general) / 3, "five operands": five, "six and seven": longer, "general": general}
+    return {"macro right answers": (five + general) / 2, "five operands": five, "six and seven": longer, "general": general}
 
 
 @claim.arm("method", grid=GRID)
@@ -63,11 +63,6 @@ def dft(trial):
 @claim.arm(grid=GRID)
 def expected(trial):
     return judged(trial, {"method": "one-token-rollout", "expected": True})
-
-
-@claim.arm(grid=GRID)
-def four_draws(trial):
-    return judged(trial, {"method": "one-token-rollout", "samples": 4})
 
 
 @claim.arm(exempt=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForImageClassification, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import ImageClassifierOutput
@@ -24,7 +26,7 @@ class PerceptronForImageClassification(PreTrainedModel):
     def __init__(self, config: PerceptronConfig) -> None:
         super().__init__(config)
         sizes = [config.num_channels * config.image_size**2, *config.widths]
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(sizes, sizes[1:]))
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(sizes))
         self.classifier = nn.Linear(sizes[-1], config.num_labels)
         self.post_init()
 
