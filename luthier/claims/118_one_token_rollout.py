@@ -60,11 +60,6 @@ def dft(trial):
     return judged(trial, {"method": "asft", "kl": 0.0})
 
 
-@claim.arm(grid=GRID)
-def expected(trial):
-    return judged(trial, {"method": "one-token-rollout", "expected": True})
-
-
 @claim.arm(exempt=True)
 def untouched(trial):
     return judged(trial)

@@ -133,3 +133,22 @@ class TwoPass(Optimizer):
 
     def before_base_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Weights are restored; the base step has not been taken."""
+
+
+class PerTensor(torch.optim.Optimizer):
+    """An optimizer whose update of one tensor looks at no other: derived classes write `_move`."""
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.grad is not None:
+                    self._move(param, group)
+        return loss
+
+    def _move(self, param: torch.Tensor, group: dict[str, Any]) -> None:
+        raise NotImplementedError

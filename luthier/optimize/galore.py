@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from luthier.catalog import register
 from luthier.optimize import Optimizer, as_groups, torch_groups
-from luthier.optimize._shared import refuse
+from luthier.optimize._shared import PerTensor, refuse
 
 if TYPE_CHECKING:
     from luthier.core.context import Context
@@ -106,23 +106,11 @@ def projected(name: str, param: Tensor, role: str) -> bool:
     return param.ndim == 2 and role not in ("embedding", "head", "prompt", "router") and not any(w in name for w in words)
 
 
-class GaLoreAdamW(torch.optim.Optimizer):
+class GaLoreAdamW(PerTensor):
     """The update of `GaLore`; groups with a `rank` are projected. The whole state is tensors and numbers."""
 
     def __init__(self, params: Any, lr: float = 3e-4, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-6, weight_decay: float = 0.0) -> None:
         super().__init__(params, {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay})
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            for param in group["params"]:
-                if param.grad is not None:
-                    self._move(param, group)
-        return loss
 
     def _move(self, param: Tensor, group: dict[str, Any]) -> None:
         state, grad = self.state[param], param.grad

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from luthier.catalog import register
 from luthier.optimize import Optimizer, as_groups, torch_groups
-from luthier.optimize._shared import refuse
+from luthier.optimize._shared import PerTensor, refuse
 
 if TYPE_CHECKING:
     from luthier.core.context import Context
@@ -64,24 +64,12 @@ class SM3(Optimizer):
         return optimizer
 
 
-class CoverOptimizer(torch.optim.Optimizer):
+class CoverOptimizer(PerTensor):
     """The update of `SM3`. `supports`: by id of a packed parameter, (flat indices, shape of its matrix)."""
 
     def __init__(self, params: Any, lr: float = 1e-2, momentum: float = 0.9, beta: float = 0.0, eps: float = 1e-8, weight_decay: float = 0.0) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "beta": beta, "eps": eps, "weight_decay": weight_decay})
         self.supports: dict[int, tuple[Tensor, tuple[int, int]]] = {}
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            for param in group["params"]:
-                if param.grad is not None:
-                    self._move(param, group)
-        return loss
 
     def _move(self, param: Tensor, group: dict[str, Any]) -> None:
         grad, state = param.grad.float(), self.state[param]  # type: ignore[union-attr]

@@ -1,5 +1,4 @@
 import json
-from collections.abc import Mapping
 
 import pytest
 import torch
@@ -9,6 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from luthier.core.source import TensorSource, aligned, applied, compatible, delta, lora_delta
 from luthier.errors import ModelError
+from tests.counting import Counting
 
 
 def llama(seed=0, tied=True, **more):
@@ -18,23 +18,6 @@ def llama(seed=0, tied=True, **more):
         tie_word_embeddings=tied, **more,
     )  # fmt: skip
     return LlamaForCausalLM(config).eval()
-
-
-class Counting(Mapping):
-    """A checkpoint that remembers which tensors were read."""
-
-    def __init__(self, tensors):
-        self.tensors, self.read = tensors, []
-
-    def __getitem__(self, name):
-        self.read.append(name)
-        return self.tensors[name]
-
-    def __iter__(self):
-        return iter(self.tensors)
-
-    def __len__(self):
-        return len(self.tensors)
 
 
 def state(seed=0, dtype=torch.float32):

@@ -1,30 +1,14 @@
-from collections.abc import Mapping
 
 import numpy as np
 import pytest
 import torch
 
+from tests.counting import Counting
+
 SHAPES = {
     "embed.weight": (7, 4), "layers.0.attn.weight": (5, 4), "layers.0.attn.bias": (5,), "layers.0.mlp.0.weight": (3, 11),
     "layers.1.attn.weight": (5, 4), "layers.1.attn.bias": (5,), "layers.1.mlp.0.weight": (3, 11), "norm.weight": (4,), "scale": (),
 }  # fmt: skip
-
-
-class Counting(Mapping):
-    """A checkpoint that remembers which tensors were read."""
-
-    def __init__(self, tensors):
-        self.tensors, self.read = tensors, []
-
-    def __getitem__(self, name):
-        self.read.append(name)
-        return self.tensors[name]
-
-    def __iter__(self):
-        return iter(self.tensors)
-
-    def __len__(self):
-        return len(self.tensors)
 
 
 def make_state(seed, dtype=torch.float32, shapes=SHAPES):
