@@ -15,9 +15,9 @@ claim = Claim(
     methods=("curate/clear", "measure/bs_detector"),
     tasks=("traces", "facts"),
     models=("lm-s",),
-    departs="Sorted lists and questions about real facts, with another row's answer in 30 % of 1,200 rows; the model has had 200 steps on 3,000 other rows, so that it half knows the task. It cannot "
-    "be asked whether an answer is right: reflection is the answer's mean token probability in three levels, similarity is that of edits, and the judge compares likelihoods under the start. "
-    "Rows that the filter dropped come back only corrected. The budget counts the last tuning; the first one, whose model corrects, is in the time.",
+    departs="Lists and questions about real facts, another row's answer in 30 % of 1,200 rows; the model has had 200 steps on 3,000 other rows, so that it half knows the task. "
+    "It cannot be asked whether an answer is right: reflection is the answer's mean token probability in three levels, similarity that of edits; "
+    "the judge compares likelihoods under the start. The budget counts the last tuning; the first one, whose model corrects, is in the time.",
 )
 GRID = {"lr": (1e-4, 3e-4, 1e-3)}
 STEPS = 150

@@ -6,7 +6,7 @@ from luthier.lab import make
 claim = Claim(
     paper=131,
     says="Counterfactual, irrelevant and absent contexts in training make a model follow what a context says and fall back on its memory where it says nothing.",
-    published="T5 (base to XXL) and PaLM (8B, 62B): after plain tuning controllability and robustness are low at any size, after KAFT both are high at all sizes (the summary; no cell is carried)",
+    published="T5 and PaLM up to 62B: after plain tuning controllability and robustness are low at any size; KAFT raises both at all sizes (the summary; no cell is carried)",
     metric="control and robustness",
     smallest=0.05,
     equal=("rows", "steps"),
@@ -14,7 +14,7 @@ claim = Claim(
     methods=("synthesize/kaft", "measure/context_control"),
     tasks=("facts",),
     models=("lm-s",),
-    departs="240 facts that a 0.43M model knows by heart; contexts are two statements of one relation, a question is the beginning of a statement, and no retrieval finds the irrelevant contexts. "
+    departs="240 facts that a 0.43M model knows by heart; contexts are two statements of one relation and a question is the beginning of a statement. "
     "Training asks about one half of the countries and elements, the test about the other; the metric is the mean of controllability and robustness.",
 )
 GRID = {"lr": (1e-4, 3e-4, 1e-3)}
@@ -51,7 +51,7 @@ def judged(trial, model=None, **shares):
     train, test, known = trial.once("setting", lambda: setting(trial))
     if model is None:
         given = {"counterfactual": 0.0, "irrelevant": 0.0, "empty": 0.0, **shares}
-        model = trial.tune("lab:lm-s", train, steps=150, lr=trial["lr"], synthesize={"method": "kaft", **PROMPTS, **given}, objective="sft")
+        model = trial.tune("lab:lm-s", train, steps=300, lr=trial["lr"], synthesize={"method": "kaft", **PROMPTS, **given}, objective="sft")
     kinds, targets, gold = ([row[key] if key in row else row["answer"] for row in test] for key in ("kind", "answer", "gold"))
     found = context_control(kinds, trial.answers(model, test, 8), targets, gold, known)
     return {"control and robustness": (found["controllability"] + found["robustness"]) / 2, **found, "known": sum(known) / len(known), "general": trial.general(model, 200)}

@@ -301,8 +301,11 @@ class Engine:
 
     def _finish_gradient(self, step: Step) -> Callable[[], bool]:
         """Sum over ranks, let the plug-ins read and edit, clip. Returned as a function: a two-pass optimizer calls it at its end."""
+        scaler = self.accelerator.scaler
 
         def finish() -> bool:
+            if scaler is not None:
+                scaler.unscale_(self.optimizer)
             params = [p for g in self.groups for p in g.params.values() if p.grad is not None]
             if self.accelerator.num_processes > 1:
                 for p in params:
@@ -311,6 +314,9 @@ class Engine:
             params = [p for p in params if p.grad is not None]
             norm = torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None]) if params else torch.zeros(())
             step.grad_norm = float(norm)
+            if scaler is not None:
+                step.skip |= not math.isfinite(step.grad_norm)  # half precision overflowed: a smaller scale, and the next step
+                scaler.update()
             if not step.skip and not math.isfinite(step.grad_norm):
                 raise guard.broken(self, "The gradient is not a number", step)
             if self.train.clip:
@@ -335,7 +341,6 @@ class Engine:
         if self.train.eval_every and self.ctx.clock.step % self.train.eval_every == 0 and self.ctx.has_rows("val"):
             line["val_loss"] = self.validate()
         self.journal.write(line, every=self.train.log_every)
-        self.ctx.logged.clear()
         self.ctx.logged.clear()
 
     def validate(self) -> float:

@@ -243,3 +243,31 @@ def test_online_picks_leave_the_batch_and_oversampled_rows_are_counted():
     made = engine(dropout=0, epochs=1, batch=4, selector=Half())
     outcome = made.run()
     assert outcome.steps == 3 and made.ctx.clock.samples == 12
+
+
+def scaled(scale, **changes):
+    """An engine whose losses are scaled as in fp16."""
+    made = engine(**{"dropout": 0, "steps": 4, "clip": 0.5, **changes})
+    prepare = made.prepare
+
+    def with_scaler():
+        prepare()
+        made.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+
+    made.prepare = with_scaler
+    return made
+
+
+def test_a_loss_scale_changes_neither_the_clipping_nor_the_step():
+    plain, half = engine(dropout=0, steps=4, clip=0.5), scaled(2.0**10)
+    plain.run(), half.run()
+    for x, y in zip(weights(plain).values(), weights(half).values()):
+        assert torch.allclose(x, y, atol=1e-5)
+
+
+def test_an_overflow_under_a_loss_scale_skips_the_step_and_lowers_the_scale():
+    made = scaled(2.0**127, steps=1)
+    before = weights(made)
+    made.run()
+    assert made.accelerator.scaler.get_scale() < 2.0**127
+    assert all(torch.equal(x, before[k]) for k, x in weights(made).items())
