@@ -159,9 +159,12 @@ def test_evidence_is_shown(call, monkeypatch, tmp_path):
     monkeypatch.setattr(papers.catalog, "PACKAGE", tmp_path)
     (tmp_path / "evidence").mkdir()
     (tmp_path / "papers.yaml").write_text((ROOT / "luthier" / "papers.yaml").read_text())
-    (tmp_path / "evidence" / "117_asft.json").write_text(json.dumps({"verdict": "reproduced", "seconds": 12, "arms": {"a": 1}}))
+    arm = {"role": "method", "means": {"score": 0.5, "kept": 0.25}, "seconds": 12.0}
+    found = {"slug": "117_asft", "says": "It helps.", "published": "By 3 points.", "departs": "", "metric": "score", "verdict": "reproduced", "reason": "", "flags": [],
+             "waiting": [], "repeated": None, "effect": {"mean": 0.1, "low": 0.05, "high": 0.15, "n": 5}, "arms": {"asft": arm}}  # fmt: skip
+    (tmp_path / "evidence" / "117_asft.json").write_text(json.dumps(found))
     text = call("explain", "117")[1]
-    assert "Evidence: reproduced" in text and "seconds: 12" in text
+    assert "Verdict: reproduced   +0.1 (+0.05 to +0.15, 5 seeds) score" in text and "12 s" in text and "kept 0.25" in text and "By 3 points." in text
 
 
 def test_lab(call, tmp_path):

@@ -91,20 +91,24 @@ def _show(args: argparse.Namespace) -> Any:
     (found,) = _summaries(args, say_them=False)
     if args.json:
         return found
-    say(paragraph(f"{found['slug']}: {found['says']}"))
-    say(paragraph(f"Published: {found['published']}"))
-    if found["departs"]:
-        say(paragraph(f"Here: {found['departs']}"))
-    say(f"\nVerdict: {found['verdict'] or 'not run yet'}   {effect_text(found)} {found['metric']}")
-    for line in (found["reason"], *found["flags"]):
-        if line:
-            say(paragraph(line, "  "))
-    if found["repeated"]:
-        r = found["repeated"]
-        say(f"Repeated on seeds {', '.join(map(str, r['seeds']))}: {r['verdict']}   {effect_text({'effect': r})}")
-    rows = [(name, a["role"] or "-", number(a["means"].get(found["metric"])), f"{a['seconds']:.0f} s", extras(a["means"], found["metric"])) for name, a in found["arms"].items()]
-    say("\n" + table(("arm", "role", found["metric"], "time", "also"), rows))
+    say("\n".join(told(found)))
     return None
+
+
+def told(found: dict[str, Any]) -> list[str]:
+    """A claim and what came of it, in words and a table."""
+    lines = [paragraph(f"{found['slug']}: {found['says']}"), paragraph(f"Published: {found['published']}")]
+    if found["departs"]:
+        lines.append(paragraph(f"Here: {found['departs']}"))
+    lines += ["", f"Verdict: {found['verdict'] or 'none yet'}   {effect_text(found)} {found['metric']}"]
+    if found["arms"] and found["waiting"]:
+        lines.append(f"  Not all seeds are in; waiting for {', '.join(map(str, found['waiting']))}.")
+    lines += [paragraph(line, "  ") for line in (found["reason"], *found["flags"]) if line]
+    if found["repeated"]:
+        again = found["repeated"]
+        lines.append(f"Repeated on seeds {', '.join(map(str, again['seeds']))}: {again['verdict']}   {effect_text({'effect': again})}")
+    rows = [(name, a["role"] or "-", number(a["means"].get(found["metric"])), f"{a['seconds']:.0f} s", extras(a["means"], found["metric"])) for name, a in found["arms"].items()]
+    return [*lines, "", table(("arm", "role", found["metric"], "time", "also"), rows)] if rows else lines
 
 
 def extras(means: dict[str, Any], metric: str) -> str:

@@ -7,6 +7,7 @@ import inspect
 from typing import Any
 
 from luthier import catalog
+from luthier._cli.claims import told
 from luthier._cli.text import paragraph
 from luthier.catalog import AXES, Entry
 from luthier.errors import RecipeError, UserError, nearest
@@ -170,5 +171,4 @@ def _block(title: str, lines: list[str]) -> str:
 def _evidence(found: dict[str, Any] | None) -> str:
     if not found:
         return "Evidence: none yet"
-    facts = {k: v for k, v in found.items() if isinstance(v, (str, int, float, bool)) and k != "verdict" and len(str(v)) <= 100}
-    return _block(f"Evidence: {found.get('verdict', 'no verdict')}", [f"{k}: {v}" for k, v in facts.items()])
+    return _block("Evidence", "\n".join(told(found)).split("\n"))

@@ -23,15 +23,17 @@ claim = Claim(
 
 
 def adapters(trial):
-    """Every task with its tuned model, validation rows and test rows."""
+    """Every task's tuned model, the same where its training began, validation rows and the task."""
     import numpy as np
 
     found = {}
     for skill, operands in (("sort", ""), ("runmax", ""), ("chain", "5")):
         task = make("traces", skills=skill, operands=operands, n=900, seed=trial.seed, test=300)
         rows = [task.train[i] for i in np.random.default_rng(trial.seed).permutation(len(task.train))]
-        model = trial.tune("lab:lm-s", rows[100:], steps=100, lr=3e-3, adapt={"method": "lora", "rank": 8, "alpha": 16})
-        found[skill] = (model, rows[:100], task)
+        adapt = {"method": "lora", "rank": 8, "alpha": 16}
+        model = trial.tune("lab:lm-s", rows[100:], steps=100, lr=3e-3, adapt=adapt)
+        begun = trial.tune("lab:lm-s", rows[100:], steps=1, lr=1e-9, adapt=adapt)  # the same seed, so the same start
+        found[skill] = (model, begun, rows[:100], task)
     return found
 
 
@@ -43,20 +45,23 @@ def likelihood(model, rows):
         return float(model.score([encode(row, model.processor, train_on="completion", row=i)[-1] for i, row in enumerate(rows)]).logp.mean())
 
 
-def judged(trial, shrink, grid):
-    """The macro score of the three tasks with every adapter shrunk at its best point of the grid, and what is stored of them."""
+def judged(trial, shrink, grid, from_start=False):
+    """The macro score of the three tasks with every adapter shrunk at its best point of the grid, and what is stored of them.
+
+    What is shrunk is the adapter itself, as released, or its difference to where it began."""
     from peft import get_peft_model_state_dict, set_peft_model_state_dict
 
     scores, stored, entries = {}, 0.0, 0
-    for name, (model, held, task) in trial.once("adapters", lambda: adapters(trial)).items():
-        update = {n: t.detach().clone() for n, t in get_peft_model_state_dict(model.network).items()}
+    for name, (model, begun, held, task) in trial.once("adapters", lambda: adapters(trial)).items():
+        start = {n: t.detach().clone() * from_start for n, t in get_peft_model_state_dict(begun.network).items()}
+        update = {n: t.detach() - start[n] for n, t in get_peft_model_state_dict(model.network).items()}
         twin, tried = model.frozen_copy(), []
         for density, alpha in grid:
             done, bits = shrink(update, density, alpha)
-            set_peft_model_state_dict(twin.network, done)
+            set_peft_model_state_dict(twin.network, {n: start[n] + t for n, t in done.items()})
             tried.append((likelihood(twin, held), density, alpha, bits, done))
         value, density, alpha, bits, done = max(tried, key=lambda t: t[0])
-        set_peft_model_state_dict(twin.network, done)
+        set_peft_model_state_dict(twin.network, {n: start[n] + t for n, t in done.items()})
         scores[name] = sum(task.verify(row, answer).score for row, answer in zip(task.test, trial.answers(twin, task.test))) / len(task.test)
         trial.notes[name] = {"density": density, "alpha": alpha, "validation": value}
         stored, entries = stored + bits, entries + sum(t.numel() for t in update.values())
@@ -115,3 +120,9 @@ def mean_magnitude(trial):
 @claim.arm()
 def pruned(trial):
     return judged(trial, kept_values, [(k, 1.0) for k in DENSITIES])
+
+
+@claim.arm()
+def from_the_start(trial):
+    """The difference to the adapter's start, which its seed gives again; the release takes the adapter as it is, random start and all."""
+    return judged(trial, ternary, [(k, a) for k in DENSITIES for a in ALPHAS], from_start=True)

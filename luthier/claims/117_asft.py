@@ -2,6 +2,7 @@
 
 from luthier.claims import Claim
 from luthier.lab import make
+from luthier.lab.facts import verify
 
 claim = Claim(
     paper=117,
@@ -14,7 +15,7 @@ claim = Claim(
     methods=("objective/asft", "objective/sft"),
     tasks=("traces", "facts"),
     models=("lm-s",),
-    departs="A 0.43M model that solves about half of such chains after 250 steps of warm start; 250 chains, 15 % with another row's solution, many passes. "
+    departs="A 0.43M model that solves about half of such chains after 60 steps of warm start; 250 chains, 15 % with another row's solution, many passes. "
     "New facts, the weakness that is published with the method, are learned from the shipped model in a second tuning and reported beside.",
 )
 GRID = {"lr": (1e-4, 3e-4, 1e-3)}
@@ -26,8 +27,8 @@ def warm(trial):
     asked = {row["prompt"] for row in chains.test}
     fresh = make("traces", skills="chain", operands="5", n=4000, seed=trial.seed + 1000, test=1).train
     rows = [row for row in fresh if row["prompt"] not in asked] + make("traces", skills="base", n=4000, seed=trial.seed + 1000, test=1).train
-    start = trial.tune("lab:lm-s", rows, steps=250, lr=1e-3)
-    return start, chains, make("facts", forms="statement", entities=40, n=400, seed=trial.seed, test=150)
+    start = trial.tune("lab:lm-s", rows, steps=60, lr=1e-3)
+    return start, chains, make("facts", forms="statement", entities=40, n=400, seed=trial.seed, test=1).train
 
 
 def drift(start, model, rows):
@@ -41,8 +42,8 @@ def judged(trial, objective):
     start, chains, people = trial.once("warm", lambda: warm(trial))
     model = trial.tune(start, chains.train, steps=150, lr=trial["lr"], objective=objective)
     found = {"chains right": trial.right(model, chains.test, chains.verify), "general": trial.general(model, 200), "drift": drift(start, model, chains.test[:100])}
-    model = trial.tune("lab:lm-s", people.train, steps=100, lr=trial["lr"], objective=objective)
-    return found | {"new facts right": trial.right(model, people.test, people.verify, 8)}
+    model = trial.tune("lab:lm-s", people, steps=100, lr=trial["lr"], objective=objective)
+    return found | {"new facts right": trial.right(model, people[:150], verify, 8)}
 
 
 @claim.arm("method", grid=GRID)

@@ -14,7 +14,7 @@ claim = Claim(
     methods=("synthesize/kaft", "measure/context_control"),
     tasks=("facts",),
     models=("lm-s",),
-    departs="240 facts that a 0.43M model knows by heart; contexts are two statements of one relation and a question is the beginning of a statement. "
+    departs="240 facts that a 0.43M model knows by heart; a context is one statement, a question the beginning of one; 300 steps on unknown people teach it to read. "
     "Training asks about one half of the countries and elements, the test about the other; the metric is the mean of controllability and robustness.",
 )
 GRID = {"lr": (1e-4, 3e-4, 1e-3)}
@@ -28,30 +28,35 @@ def questions(rows):
     made = []
     for row in rows:
         meta = row["meta"]
-        context = " . ".join(row["prompt"].removeprefix("context : ").split(" . ")[:2]) + " ."
+        context = row["prompt"].removeprefix("context : ").split(" . ")[0] + " ."
         question = cloze(meta["subject"], meta["relation"], 0)
         made.append({"question": question, "context": context, "answer": f"{row['completion']} .", "subject": meta["subject"], "type": meta["relation"]})
     return made
 
 
 def setting(trial):
-    """Training questions; test questions with all four kinds of context, and which of them the untouched model answers without any."""
-    from luthier.core.models import load
+    """The start, which can read: it has learned to find unknown people's facts in a context, and kept the real facts. Training questions;
+    test questions with all four kinds of context, and which of them the start answers without any."""
     from luthier.synthesize.kaft import KAFT
 
-    splits = make("facts", world="real", entities=88, context="relevant", n=400, test=200, seed=trial.seed)
+    people = questions(make("facts", world="people", entities=298, context="relevant", documents=1, n=4000, seed=trial.seed).train)
+    read = [{"prompt": PROMPTS["template"].format(**row), "completion": row["answer"]} for row in people]
+    known = make("facts", world="real", entities=88, forms="statement", n=2000, seed=trial.seed).train
+    start = trial.tune("lab:lm-s", read + known, steps=300, lr=1e-3)
+    splits = make("facts", world="real", entities=88, context="relevant", documents=1, n=400, test=200, seed=trial.seed)
     test = KAFT(memory="gold", **PROMPTS).synthesize(questions(splits.test))
-    closed = trial.answers(load("lab:lm-s"), [{"prompt": row["question"]} for row in test], 8)
-    return questions(splits.train), test, [said.strip() == row.get("gold", row["answer"]) for said, row in zip(closed, test)]
+    closed = trial.answers(start, [{"prompt": row["question"]} for row in test], 8)
+    return start, questions(splits.train), test, [said.strip() == row.get("gold", row["answer"]) for said, row in zip(closed, test)]
 
 
-def judged(trial, model=None, **shares):
+def judged(trial, tuned=True, **shares):
     from luthier.measure.context_control import context_control
 
-    train, test, known = trial.once("setting", lambda: setting(trial))
-    if model is None:
+    start, train, test, known = trial.once("setting", lambda: setting(trial))
+    model = start
+    if tuned:
         given = {"counterfactual": 0.0, "irrelevant": 0.0, "empty": 0.0, **shares}
-        model = trial.tune("lab:lm-s", train, steps=300, lr=trial["lr"], synthesize={"method": "kaft", **PROMPTS, **given}, objective="sft")
+        model = trial.tune(start, train, steps=150, lr=trial["lr"], synthesize={"method": "kaft", **PROMPTS, **given}, objective="sft")
     kinds, targets, gold = ([row[key] if key in row else row["answer"] for row in test] for key in ("kind", "answer", "gold"))
     found = context_control(kinds, trial.answers(model, test, 8), targets, gold, known)
     return {"control and robustness": (found["controllability"] + found["robustness"]) / 2, **found, "known": sum(known) / len(known), "general": trial.general(model, 200)}
@@ -80,6 +85,4 @@ def irrelevant_only(trial):
 
 @claim.arm(exempt=True)
 def start(trial):
-    from luthier.core.models import load
-
-    return judged(trial, load("lab:lm-s"))
+    return judged(trial, tuned=False)

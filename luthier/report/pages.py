@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from luthier._cli.claims import told
 from luthier._cli.explain import about_method
 from luthier.catalog import AXES, entries
 from luthier.papers import papers
@@ -27,7 +28,7 @@ def page(about: dict[str, Any]) -> str:
     facts = [("Needs", about["needs"]), ("Families", about["families"]), ("Decides alone", about["decides"])]
     lines += [f"{name}: {', '.join(values)}." for name, values in facts if values]
     lines += ["", "## Evidence", ""]
-    lines += [f"- {e.get('slug', '')}: **{e.get('verdict', 'no verdict')}**" for e in about["evidence"]] or ["None yet."]
+    lines += ["```text", *(line for e in about["evidence"] for line in told(e)), "```"] if about["evidence"] else ["None yet."]
     return "\n".join(lines) + "\n"
 
 
