@@ -224,11 +224,13 @@ def _matrix(args: argparse.Namespace) -> None:
         entries(axis)
     tell = None if args.json else lambda e: say(f"{e['outcome']:8} {e['a']} x {e['b']}" + ("" if e["outcome"] == "runs" else f": {e['why']}"))
     found = matrix(axes, tell)
+    counts = {o: sum(e["outcome"] == o for e in found) for o in ("runs", "refused", "crashed")}
     if args.json:
         say_json(found)
-        return
-    counts = {o: sum(e["outcome"] == o for e in found) for o in ("runs", "refused", "crashed")}
-    say(f"\n{len(found)} pairs: " + ", ".join(f"{n} {o}" for o, n in counts.items()))
+    else:
+        say(f"\n{len(found)} pairs: " + ", ".join(f"{n} {o}" for o, n in counts.items()))
+    if counts["crashed"]:
+        raise UserError(f"{counts['crashed']} pairs crashed, the first {next(e['a'] + ' x ' + e['b'] for e in found if e['outcome'] == 'crashed')}.")
 
 
 def _needed(value: str | None, sentence: str) -> str:

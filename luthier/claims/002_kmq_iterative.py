@@ -14,11 +14,11 @@ claim = Claim(
     metric="macro exact match",
     smallest=0.02,
     equal=("chosen",),
-    seeds=(0, 1, 2, 3, 4),
+    seeds=(0, 1, 2, 3),
     methods=("select/kmeans-quality", "select/random"),
     tasks=("traces",),
     models=("lm-s",),
-    departs="A 0.43M model that knows four of the eight skills, 24 clusters of its own embeddings, and a program that marks answers in the reward model's place. "
+    departs="A 0.43M model that knows four of the eight skills, 24 clusters of its own embeddings, and a program that marks answers with 2 or -2 in the reward model's place. "
     "Every final model passes eight times over its rows; the iterative form also tunes twice before. The arm 'random, longer' spends those steps on random rows.",
 )
 GRID = {"lr": (1e-4, 3e-4, 1e-3)}
@@ -35,9 +35,9 @@ def pool(trial):
 
 
 def marks(answers, rows):
-    """The reward: 1 for a right answer. What is given in a garbage row is no answer to anything."""
+    """The reward: 2 for a right answer, else -2, as a reward model's logits. What is given in a garbage row is no answer to anything."""
     verify = make("traces", n=1).verify
-    return [float(row["meta"]["clean"] and verify(row, answer).score >= 1) for answer, row in zip(answers, rows)]
+    return [2.0 if row["meta"]["clean"] and verify(row, answer).score >= 1 else -2.0 for answer, row in zip(answers, rows)]
 
 
 def judged(trial, epochs=EPOCHS, **select):

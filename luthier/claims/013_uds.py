@@ -14,6 +14,8 @@ claim = Claim(
     says="Choosing each batch's rows by utility and diversity of their logits teaches more than as many random rows.",
     published="MMLU, ScienceQA, GSM8K, HumanEval with 7-8B models under several budgets: better than random, max-loss, GradNorm and all rows (the summary; no cell is carried)",
     metric="macro exact match",
+    reason="On seed 100 the utility term prefers new skills at first (correlation with the loss +0.58), but after 100 steps it prefers what is known (-0.89): the nuclear norm of "
+    "confident logits is the larger one. Choosing by loss alone, the control, does best here.",
     smallest=0.02,
     equal=("rows", "steps"),
     seeds=(0, 1, 2, 3, 4),

@@ -16,18 +16,18 @@ claim = Claim(
     seeds=(0, 1, 2),
     methods=("measure/local-intrinsic-dimension",),
     departs="One block of width 96, x - y mod 53, 70 % of the equations, weight decay 1; no delayed grokking, which needs more steps. The memorising arm has the same "
-    "equations with shuffled answers. Mean of TwoNN in 64 neighbours of 1,500 final hidden states; the arms differ in nothing but the answers.",
+    "equations with shuffled answers. Mean of TwoNN in 64 neighbours of 1,000 final hidden states.",
 )
 
 
-def equations(trial, modulus, share, shuffled):
+def equations(trial, share, shuffled):
     """Token ids of `x - y = z` for train and test."""
     import numpy as np
     import torch
 
     rng = np.random.default_rng([trial.seed, 39])
-    x, y = (v.ravel() for v in np.meshgrid(np.arange(modulus), np.arange(modulus)))
-    z = rng.permutation((x - y) % modulus) if shuffled else (x - y) % modulus
+    x, y = (v.ravel() for v in np.meshgrid(np.arange(MODULUS), np.arange(MODULUS)))
+    z = rng.permutation((x - y) % MODULUS) if shuffled else (x - y) % MODULUS
     minus, equal = np.full_like(x, 100), np.full_like(x, 101)
     rows = torch.from_numpy(np.stack([x, minus, y, equal, z], 1)[rng.permutation(len(x))])
     cut = round(share * len(rows))
@@ -42,27 +42,26 @@ def right(network, rows):
         return float((network(input_ids=rows[:, :4]).logits[:, -1].argmax(-1) == rows[:, 4]).float().mean())
 
 
-def dimension(network, rows):
-    """The mean local dimension of the last hidden states of all tokens of the train equations."""
+def dimension(network, rows, tokens=slice(0, 4), points=1000):
+    """The mean local dimension of the last hidden states of the train equations' tokens."""
     import numpy as np
     import torch
 
     from luthier.measure.local_intrinsic_dimension import local_intrinsic_dimension
 
     with torch.no_grad():
-        states = network.model(input_ids=rows[:, :4]).last_hidden_state.flatten(0, 1).numpy()
-    points = np.unique(states.round(5), axis=0)
-    chosen = np.random.default_rng(0).choice(len(points), min(1500, len(points)), replace=False)
-    return float(local_intrinsic_dimension(points[chosen], 64).mean())
+        states = network.model(input_ids=rows[:, :4]).last_hidden_state[:, tokens].flatten(0, 1).numpy()
+    cloud = np.unique(states.round(5), axis=0)
+    return float(local_intrinsic_dimension(cloud[np.random.default_rng(0).choice(len(cloud), points, replace=False)], 64).mean())
 
 
-def trained(trial, modulus=MODULUS, share=SHARE, shuffled=False, lr=2e-3):
+def trained(trial, share=SHARE, shuffled=False, lr=2e-3):
     import torch
     import torch.nn.functional as F
 
     from luthier.lab.nets import fresh
 
-    train, test = equations(trial, modulus, share, shuffled)
+    train, test = equations(trial, share, shuffled)
     network = fresh("lm-s", trial.seed, num_hidden_layers=1, intermediate_size=384)
     first = dimension(network, train)
     optimizer = torch.optim.AdamW(network.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=1.0)
@@ -78,7 +77,10 @@ def trained(trial, modulus=MODULUS, share=SHARE, shuffled=False, lr=2e-3):
     trial.spend(steps=trial.scaled(STEPS), rows=BATCH * trial.scaled(STEPS))
     network.eval()
     last = dimension(network, train)
-    return {"local dimension": last, "at the start": first, "change": last / first - 1, "train accuracy": right(network, train), "test accuracy": right(network, test)}
+    return {
+        "local dimension": last, "at the start": first, "of the last token": dimension(network, train, slice(3, 4), 600),
+        "train accuracy": right(network, train), "test accuracy": right(network, test),
+    }  # fmt: skip
 
 
 @claim.arm("method")
@@ -93,5 +95,5 @@ def memorising(trial):
 
 @claim.arm("control")
 def too_few_equations(trial):
-    """True answers, but of modulus 31 and half of the equations: it learns them by heart as well."""
-    return trained(trial, modulus=31, share=0.5, lr=1e-3)
+    """True answers, but a quarter of the equations: it learns them by heart as well."""
+    return trained(trial, share=0.25)

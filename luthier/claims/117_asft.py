@@ -11,11 +11,11 @@ claim = Claim(
     metric="chains right",
     smallest=0.02,
     equal=("rows", "steps"),
-    seeds=(0, 1, 2, 3, 4),
+    seeds=(0, 1, 2, 3),
     methods=("objective/asft", "objective/sft"),
     tasks=("traces", "facts"),
     models=("lm-s",),
-    departs="A 0.43M model that solves about half of such chains after 60 steps of warm start; 250 chains, 15 % with another row's solution, many passes. "
+    departs="A 0.43M model that solves about half of such chains after 45 steps of warm start; 250 chains, 15 % with another row's solution, many passes. "
     "New facts, the weakness that is published with the method, are learned from the shipped model in a second tuning and reported beside.",
 )
 GRID = {"lr": (1e-4, 3e-4, 1e-3)}
@@ -25,9 +25,9 @@ def warm(trial):
     """A start that half knows chains of five and keeps what it could do; the chains to learn from and to be asked; facts about unknown people."""
     chains = make("traces", skills="chain", operands="5", n=250, wrong=0.15, seed=trial.seed, test=300)
     asked = {row["prompt"] for row in chains.test}
-    fresh = make("traces", skills="chain", operands="5", n=4000, seed=trial.seed + 1000, test=1).train
-    rows = [row for row in fresh if row["prompt"] not in asked] + make("traces", skills="base", n=4000, seed=trial.seed + 1000, test=1).train
-    start = trial.tune("lab:lm-s", rows, steps=60, lr=1e-3)
+    fresh = make("traces", skills="chain", operands="5", n=800, seed=trial.seed + 1000, test=1).train
+    rows = [row for row in fresh if row["prompt"] not in asked] + make("traces", skills="base", n=800, seed=trial.seed + 1000, test=1).train
+    start = trial.tune("lab:lm-s", rows, steps=45, lr=1e-3)
     return start, chains, make("facts", forms="statement", entities=40, n=400, seed=trial.seed, test=1).train
 
 

@@ -70,6 +70,13 @@ def test_a_changed_claim_makes_evidence_stale_and_a_wrong_sign_turns_it(toy, cap
     assert found["verdict"] == "not reproduced" and len(found["records"]) == 18 and not is_stale(find(toy))
 
 
+def test_words_written_after_a_run_do_not_make_it_stale(toy):
+    go(toy)
+    toy.write_text(toy.read_text().replace("published=", "reason='luck', published=").replace("made-up", "invented"))
+    sys.modules.pop("luthier_claim_toy", None)
+    assert not is_stale(find(toy)) and go(toy)["reason"] == "luck"
+
+
 @pytest.mark.parametrize(("variable", "words"), [("TOY_NAN", "not a number"), ("TOY_UNEQUAL", "unequal rows"), ("TOY_FAIL", "on purpose")])
 def test_what_is_wrong_is_flagged_and_gives_no_verdict(toy, monkeypatch, variable, words):
     monkeypatch.setenv(variable, "1")
