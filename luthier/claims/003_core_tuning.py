@@ -15,7 +15,8 @@ claim = Claim(
     seeds=(0, 1, 2, 3, 4),
     methods=("objective/core-tuning", "objective/classify"),
     tasks=("digits",),
-    departs="A perceptron of 256 and 128 units on 8x8 digits, prepared by SimCLR on 1,000 unlabelled images and tuned on 50 labelled ones with AdamW. The grids also hold eta (0.1 and 10 are both in the release) and, for cross-entropy, label smoothing.",
+    departs="A perceptron of 256 and 128 units on 8x8 digits, prepared by SimCLR on 1,000 unlabelled images and tuned on 50 labelled ones with AdamW. "
+    "The grids also hold eta (0.1 and 10 are both in the release) and, for cross-entropy, label smoothing.",
 )
 RATES = (3e-4, 1e-3, 3e-3)
 CONTRAST = {"lr": RATES, "eta": (0.1, 1.0, 10.0)}

@@ -57,8 +57,9 @@ def judged(trial, before, model):
     layers = [n for n in before if n.startswith("layers.") and before[n].ndim == 2]
     moved = sum(float(torch.dist(after[n], before[n]) / before[n].norm()) for n in layers) / len(layers)
     return {
-        "intruders": found["intruders"] / (10 * len(layers)), "right intruders": found.get("right_intruders", 0.0) / (10 * len(layers)), "effective rank": found.get("effective_rank", 0.0),
-        "moved": moved, "new": accuracy(model, make("digits", seed=trial.seed, domain=NEW).test), "old": accuracy(model, make("digits", seed=trial.seed).test),
+        "intruders": found["intruders"] / (10 * len(layers)), "right intruders": found.get("right_intruders", 0.0) / (10 * len(layers)),
+        "effective rank": found.get("effective_rank", 0.0), "moved": moved,
+        "new": accuracy(model, make("digits", seed=trial.seed, domain=NEW).test), "old": accuracy(model, make("digits", seed=trial.seed).test),
     }  # fmt: skip
 
 

@@ -16,7 +16,8 @@ claim = Claim(
     methods=("synthesize/self-play", "objective/dpo", "objective/sft"),
     tasks=("grammar",),
     departs="Two layers of width 64, trained on 1,500 sentences of a known grammar (one prompt a topic) and stopped early; the metric is the share of sentences sampled at "
-    "temperature 1 that the grammar can derive. Three rounds of 60 steps; beta (0.1, 1) and rate come from a grid, which reaches lower than that of supervised tuning, as in the paper. A sharper model scores higher, so read NLL and distinct too.",
+    "temperature 1 that the grammar can derive. Three rounds of 60 steps; beta (0.1, 1) and rate come from a grid, "
+    "which reaches lower than that of supervised tuning, as in the paper. A sharper model scores higher, so read NLL and distinct too.",
 )
 PLAY = {"lr": (3e-5, 1e-4, 3e-4), "beta": (0.1, 1.0)}
 
