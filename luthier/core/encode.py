@@ -9,8 +9,10 @@ turn, also those inside a prompt), "last" (the last one), "all" (every token). A
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as SequenceOf
+from itertools import count
 from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
@@ -84,16 +86,29 @@ READ = (
     "messages", "prompt", "completion", "chosen", "rejected", "text", "text_pair", "anchor", "positive", "system", "plain", "tools",
     "chat_template_kwargs", "max_length",
 )  # fmt: skip
-_memories: WeakKeyDictionary[Any, tuple[Any, dict[Any, Made]]] = WeakKeyDictionary()
+_memories: dict[Any, dict[Any, Made]] = {}
+"""By what the tokenizer is, so that a model loaded again goes on with what was encoded before; the two used last are kept."""
+_contents: WeakKeyDictionary[Any, tuple[Any, Any]] = WeakKeyDictionary()
+_numbers = count()
 
 
 def _memory(tokenizer: Any) -> dict[Any, Made]:
-    """What this tokenizer encoded, forgotten when its template or vocabulary changes."""
+    """What this tokenizer, or one just like it, encoded. Another template or vocabulary has a memory of its own."""
     state = (str(tokenizer.chat_template), len(tokenizer), tokenizer.eos_token_id, tokenizer.bos_token_id, getattr(tokenizer, "add_bos_token", None))
-    known = _memories.get(tokenizer)
+    known = _contents.get(tokenizer)
     if known is None or known[0] != state:
-        known = _memories[tokenizer] = (state, {})
-    return known[1]
+        known = _contents[tokenizer] = (state, (*state, _content(tokenizer)))
+    memory = _memories.pop(known[1], None)
+    _memories[known[1]] = memory = {} if memory is None else memory
+    while len(_memories) > 2:
+        del _memories[next(iter(_memories))]
+    return memory
+
+
+def _content(tokenizer: Any) -> Any:
+    """All that a tokenizer of the tokenizers library does, as one digest; of any other kind each is different."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    return next(_numbers) if backend is None else hashlib.sha256(backend.to_str().encode()).digest()
 
 
 def _key(example: Mapping[str, Any]) -> tuple[Any, ...]:

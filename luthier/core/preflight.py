@@ -143,14 +143,14 @@ def _examine(found: Preflight, tokenizer: Any, train_on: str) -> list[list[Seque
 
 def _check_learned(found: Preflight, sequences: list[list[Sequence]], tokenizer: Any, train_on: str) -> None:
     """Every row teaches something, and what it teaches holds its gold answer."""
-    for made in sequences:
+    spelt = tokenizer.batch_decode([made[0].ids[made[0].mask].tolist() for made in sequences])
+    for made, learned in zip(sequences, spelt):
         row, where = found.rows[made[0].row], found.rows.where(made[0].row)
         empty = next((s for s in made if not len(s.supervised)), None)
         if empty is not None:
             raise DataError(f"In {where} nothing is learned: after templating, no token of its {empty.branch} is supervised (train_on: {train_on}).")
         answer = answer_of(row)
-        if answer and found.rows.kind != "text" and not _holds(made[0], answer, tokenizer) and not _untrained(row):
-            learned = tokenizer.decode(made[0].ids[made[0].mask])
+        if answer and found.rows.kind != "text" and not _holds(learned, answer, tokenizer) and not _untrained(row):
             raise DataError(f"In {where} the chat template and the mask disagree: the answer {answer[:60]!r} is not among what is learned, {learned[:120]!r}.")
 
 
@@ -160,30 +160,31 @@ def _untrained(row: Mapping[str, Any]) -> bool:
     return bool(turns) and turns[-1].get("train") is False
 
 
-def _holds(sequence: Sequence, answer: str, tokenizer: Any) -> bool:
-    """Whether the learned tokens spell the answer, as far as the tokenizer can spell it and the template keeps it."""
-    learned = "".join(tokenizer.decode(sequence.ids[sequence.mask]).split())
-    kept = [answer, answer.rpartition("</think>")[2]]
-    spelt = [tokenizer.decode(tokenizer(t, add_special_tokens=False, verbose=False)["input_ids"]) for t in kept]
-    return any("".join(t.split()) in learned for t in (*kept, *spelt))
+def _holds(learned: str, answer: str, tokenizer: Any) -> bool:
+    """Whether what is learned spells the answer, as far as the tokenizer can spell it and the template keeps it."""
+    learned, kept = "".join(learned.split()), [answer, answer.rpartition("</think>")[2]]
+    if any("".join(t.split()) in learned for t in kept):
+        return True
+    spelt = (tokenizer.decode(tokenizer(t, add_special_tokens=False, verbose=False)["input_ids"]) for t in kept)
+    return any("".join(t.split()) in learned for t in spelt)
 
 
 def _check_ends(found: Preflight, sequences: list[list[Sequence]], family: Family, tokenizer: Any) -> None:
     """The answer's last learned token is one at which generation stops."""
     if not hasattr(family, "end_ids"):
         return
-    ends = family.end_ids()
+    ends = set(family.end_ids())
     missed: dict[int, list[int]] = {}
     for made in sequences:
         learned = made[0].ids[made[0].mask]
-        if not np.isin(learned[-3:], ends).any():  # where all is learned, a template's line end may follow
+        if ends.isdisjoint(learned[-3:].tolist()):  # where all is learned, a template's line end may follow
             missed.setdefault(int(learned[-1]), []).append(made[0].row)
     if not missed:
         return
     last, some = max(missed.items(), key=lambda item: len(item[1]))
     number = sum(map(len, missed.values()))
     which = f"{number} of {len(sequences)} rows" if number < len(sequences) else "Every row"
-    stops = ", ".join(repr(tokenizer.decode([e])) for e in ends) or "no token at all"
+    stops = ", ".join(repr(tokenizer.decode([e])) for e in sorted(ends)) or "no token at all"
     text = tokenizer.decode([last])
     if last in tokenizer.all_special_ids:
         remedy = f"Add its id {last} to the generation config's eos_token_id, else the tuned model talks on after its answer."

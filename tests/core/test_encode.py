@@ -441,3 +441,18 @@ def test_cut_preferences_still_share_their_prompt(plain):
     assert chosen.ids[:n].tolist() == rejected.ids[:n].tolist()
     (text,) = encode({"text": "The sky is blue", "label": 0}, plain, max_length=3, too_long="cut")
     assert text.ids.tolist() == plain("The sky is blue")["input_ids"][:3]
+
+
+def test_a_tokenizer_loaded_again_goes_on_with_what_was_encoded_and_another_never_does(monkeypatch):
+    from luthier.core import encode as module
+
+    row, done, whole = {"text": "a very particular sky"}, [], module._encode
+    monkeypatch.setattr(module, "_encode", lambda *args: done.append(1) or whole(*args))
+    first, again, other = bpe(), bpe(), bpe(bos=False)
+    (a,), (b,), (c,) = (encode(row, t) for t in (first, again, other))
+    assert len(done) == 2 and a.ids.tolist() == b.ids.tolist(), "alike: remembered"
+    assert b.ids.tolist() == [first.bos_token_id, *c.ids.tolist()], "the other writes no beginning, so nothing was taken over"
+    first.chat_template = CHATML
+    (turned,) = encode({"prompt": "a", "completion": "sky"}, first)
+    (plainly,) = encode({"prompt": "a", "completion": "sky"}, again)
+    assert turned.ids.tolist() != plainly.ids.tolist(), "another template, another memory"
