@@ -1,4 +1,4 @@
-"""Masked-thought fine-tuning against plain fine-tuning on 80 worked chains of five operands, trained for a long time."""
+"""Masked-thought fine-tuning against plain fine-tuning on 250 chains of five operands whose every line copies what is left, trained for a long time."""
 
 from luthier.claims import Claim
 from luthier.lab import make
@@ -14,14 +14,16 @@ claim = Claim(
     methods=("objective/masked-thought", "objective/sft"),
     tasks=("traces",),
     models=("lm-s",),
-    departs="80 chains of five operands modulo 10 with their running values, seen a hundred times; a model of 0.4 M parameters that knows chains of two to four. "
+    departs="250 chains of five operands modulo 10, each line the expression that remains, seen 32 times; a model of 0.4 M parameters that knows chains of two to four, written shorter. "
     "The method's arm is the MetaMath form (mask token, rate 0.2), as a tiny model is hurt more by corruption; the GSM8K form is an arm beside it.",
 )
 GRID = {"lr": (1e-4, 3e-4, 1e-3)}
+LONGEST = 32
+"""Tokens of the longest solution, and a few more."""
 
 
 def chains(seed):
-    return make("traces", skills="chain", operands="5", n=80, seed=seed, test=500)
+    return make("traces", skills="chain", operands="5", style="redundant", n=250, seed=seed, test=300)
 
 
 def judged(trial, change=None, **recipe):
@@ -29,14 +31,17 @@ def judged(trial, change=None, **recipe):
     task = trial.once("chains", lambda: chains(trial.seed))
     rows = change(task.train) if change else task.train
     model = trial.tune("lab:lm-s", rows, steps=500, batch=16, lr=trial["lr"], **recipe)
-    right = [task.verify(row, answer).parsed["final_right"] for row, answer in zip(task.test, trial.answers(model, task.test))]
+    right = [task.verify(row, answer).parsed["final_right"] for row, answer in zip(task.test, trial.answers(model, task.test, LONGEST))]
     return {"right answers": sum(right) / len(right), "sees through a false state": through(trial, model, task.test), "general": trial.general(model, 200)}
 
 
 def through(trial, model, tests):
-    """Begin the solution with a false first state: how many final answers are right all the same. It takes the question to get there."""
-    begun = [{**row, "prompt": f"{row['prompt']} {(int(row['meta']['states'][0]) + 1) % 10} ;"} for row in tests]
-    return sum(answer.rpartition("# ")[2] == row["meta"]["answer"] for row, answer in zip(tests, trial.answers(model, begun))) / len(tests)
+    """Begin the solution with a first line whose value is false: how many final answers are right all the same. It takes the question to get there."""
+    begun = []
+    for row in tests:
+        value, rest = row["completion"].split(" ; ")[0].split(" ", 1)
+        begun.append({**row, "prompt": f"{row['prompt']} {(int(value) + 1) % 10} {rest} ;"})
+    return sum(answer.rpartition("# ")[2] == row["meta"]["answer"] for row, answer in zip(tests, trial.answers(model, begun, LONGEST))) / len(tests)
 
 
 def prompt_noise(rows):

@@ -7,7 +7,7 @@ claim = Claim(
     paper=131,
     says="Counterfactual, irrelevant and absent contexts in training make a model follow what a context says and fall back on its memory where it says nothing.",
     published="T5 and PaLM up to 62B: after plain tuning controllability and robustness are low at any size; KAFT raises both at all sizes (the summary; no cell is carried)",
-    metric="control and robustness",
+    metric="weaker of control and robustness",
     smallest=0.05,
     equal=("rows", "steps"),
     seeds=(0, 1, 2, 3),
@@ -15,7 +15,7 @@ claim = Claim(
     tasks=("facts",),
     models=("lm-s",),
     departs="240 facts that a 0.43M model knows by heart; a context is one statement, a question the beginning of one; 300 steps on unknown people teach it to read. "
-    "Training asks about one half of the countries and elements, the test about the other; the metric is the mean of controllability and robustness.",
+    "Training asks about one half of the countries and elements, the test about the other; the metric is the smaller of controllability and robustness.",
 )
 GRID = {"lr": (1e-4, 3e-4, 1e-3)}
 PROMPTS = {"template": "context : {context} {question}", "template_empty": "{question}"}
@@ -59,7 +59,7 @@ def judged(trial, tuned=True, **shares):
         model = trial.tune(start, train, steps=300, lr=trial["lr"], synthesize={"method": "kaft", **PROMPTS, **given}, objective="sft")
     kinds, targets, gold = ([row[key] if key in row else row["answer"] for row in test] for key in ("kind", "answer", "gold"))
     found = context_control(kinds, trial.answers(model, test, 8), targets, gold, known)
-    return {"control and robustness": (found["controllability"] + found["robustness"]) / 2, **found, "known": sum(known) / len(known), "general": trial.general(model, 200)}
+    return {"weaker of control and robustness": min(found["controllability"], found["robustness"]), **found, "known": sum(known) / len(known), "general": trial.general(model, 200)}
 
 
 @claim.arm("method", grid=GRID)
