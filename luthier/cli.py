@@ -184,9 +184,19 @@ def _ask(args: argparse.Namespace) -> None:
 
 
 def _export(args: argparse.Namespace) -> None:
-    from luthier.run import export
+    from luthier.export import export
 
     say(str(export(args.run, args.form, args.out)))
+
+
+def _report(args: argparse.Namespace) -> None:
+    from luthier.report.card import as_values, write
+
+    path = write(args.run)
+    if args.json:
+        say_json(as_values(args.run))
+    else:
+        say("\n".join([*as_values(args.run)["verdict"], str(path)]))
 
 
 def _fetch(args: argparse.Namespace) -> None:
@@ -309,6 +319,8 @@ def _add_tuning(commands: Any) -> None:
     for word, about in (("merged", "a whole model for transformers"), ("adapter", "an adapter for peft"), ("gguf", "a file for llama.cpp")):
         form.add_argument(f"--{word}", dest="form", action="store_const", const=word, help=about)
     one.add_argument("--out", help="where to write")
+    one = _add(commands, "report", _report, "write a run's report card again, also of one that has not finished", json=True)
+    one.add_argument("run", metavar="RUN")
     one = _add(commands, "fetch", _fetch, "download a model", json=True)
     one.add_argument("name", help="smollm2 or minilm")
     one = _add(commands, "demo", _demo, "tune a small chat model on real data and see what came of it")

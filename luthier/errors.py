@@ -28,6 +28,10 @@ class TrainingError(UserError):
     exit_code = 2
 
 
+class Stopped(TrainingError):
+    """A run that was asked to stop, and did so in good order."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """' Did you mean 'x'?' for the nearest known name, else the empty string."""
     found = get_close_matches(str(name), list(known), n=1, cutoff=0.5)

@@ -1,12 +1,14 @@
 """From a recipe to a judged model: stages, measures, the run folder; and what can be done with a finished run.
 
 A run folder holds recipe.yaml (resolved), about.json (versions, seeds, data fingerprints), metrics.jsonl and checkpoints of each
-stage, measures.json (before and after), report.txt, report.json, and `model`, which loads without luthier.
+stage, measures.json (before and after), the report (report.html, report.txt, report.json), and `model`, which loads without luthier.
 """
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import functools
 import json
 import platform
 import re
@@ -23,7 +25,7 @@ from luthier.core.context import Context, seed_of
 from luthier.core.journal import check_trackers
 from luthier.core.stage import Stage
 from luthier.core.trials import search
-from luthier.errors import ModelError, RecipeError, UserError
+from luthier.errors import RecipeError, Stopped, UserError
 from luthier.recipe import Data, Recipe, StageEntry, check
 
 if TYPE_CHECKING:
@@ -64,16 +66,23 @@ class Run:
         return [a[0].text for a in family.generate(ids, Decode(max_new_tokens=max_new_tokens))]
 
 
-def tune(recipe: Recipe | Mapping[str, Any] | str | Path, run: str | Path | None = None, resume: bool = False, quiet: bool = True) -> Run:
-    """Run a recipe. With `resume` an interrupted run continues to the very weights it would have reached."""
+def tune(recipe: Recipe | Mapping[str, Any] | str | Path, run: str | Path | None = None, resume: bool = False, quiet: bool = True, report: bool = True) -> Run:
+    """Run a recipe. With `resume` an interrupted run continues to the very weights it would have reached.
+
+    `report`: write the report card, report.html, also when the run fails or is stopped; the numbers are written in any case."""
     recipe = _as_recipe(recipe)
     notices = check(recipe)
     check_trackers(recipe.train.tracker)
     folder = _folder(recipe, run, resume)
     with checkpoint.disk_errors(folder, "run", (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)):
         if recipe.search:
-            recipe = search(recipe, folder, tune, (lambda sentence: None) if quiet else print)
-        return _Runner(recipe, folder, quiet).go(resume, notices)
+            recipe = search(recipe, folder, functools.partial(tune, report=False), (lambda sentence: None) if quiet else print)
+        runner = _Runner(recipe, folder, quiet, report)
+        try:
+            return runner.go(resume, notices)
+        except BaseException as error:
+            runner.ended(error)
+            raise
 
 
 def open_run(folder: str | Path) -> Run:
@@ -92,43 +101,6 @@ def ask(run: str | Path, prompts: SequenceOf[str], max_new_tokens: int = 64) -> 
     return open_run(run).ask(prompts, max_new_tokens)
 
 
-def export(run: str | Path, form: str, out: str | Path | None = None) -> Path:
-    """Write a run's model as "merged" (plain transformers), "adapter" (peft) or "gguf"."""
-    from luthier.core.models import export_gguf, load, save_network
-    from luthier.core.stage import merged
-
-    opened = open_run(run)
-    adapter = (opened.model_path / "adapter_config.json").is_file()
-    if form == "adapter" and not adapter:
-        raise ModelError("This run's result is a whole model, not an adapter; use --merged.")
-    target = _target(opened, form, out)
-    if form == "adapter":
-        shutil.copytree(opened.model_path, target, dirs_exist_ok=True)
-        return target
-    family = merged(load(spec_of(opened.model_path, opened.recipe), device="cpu"))
-    if form == "merged":
-        save_network(family, target)
-        return target
-    whole = opened.folder / ".merged-for-gguf"
-    try:
-        save_network(family, whole)
-        return export_gguf(whole, target)
-    finally:
-        shutil.rmtree(whole, ignore_errors=True)
-
-
-def _target(opened: Run, form: str, out: str | Path | None) -> Path:
-    """Where an export goes: by default into the run, else a file or folder that holds nothing yet."""
-    if out is None:
-        return opened.folder / {"merged": "merged", "adapter": "adapter", "gguf": "model.gguf"}[form]
-    target = Path(out).expanduser()
-    if form == "gguf" and target.is_dir():
-        return target / "model.gguf"
-    if form != "gguf" and target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UserError(f"{target} already holds something; name a new or an empty folder with --out.")
-    return target
-
-
 def spec_of(path: Path, recipe: Recipe) -> Any:
     """How a model that a run wrote is loaded: with the options of the model that it started from."""
     start = recipe.model_spec()
@@ -142,8 +114,8 @@ def spec_of(path: Path, recipe: Recipe) -> Any:
 class _Runner:
     """Goes through the stages and measures before and after."""
 
-    def __init__(self, recipe: Recipe, folder: Path, quiet: bool) -> None:
-        self.recipe, self.folder, self.quiet = recipe, folder, quiet
+    def __init__(self, recipe: Recipe, folder: Path, quiet: bool, report: bool = True) -> None:
+        self.recipe, self.folder, self.quiet, self.report = recipe, folder, quiet, report
         self.models: dict[str, Any] = {}
         self.store: dict[str, Any] = {}
         self.facts: list[dict[str, Any]] = []
@@ -156,6 +128,7 @@ class _Runner:
 
     def go(self, resume: bool, notices: list[str]) -> Run:
         started = time.monotonic()
+        (self.folder / "ended.json").unlink(missing_ok=True)
         if self.recipe.train.threads:
             import torch
 
@@ -211,7 +184,7 @@ class _Runner:
     def _stage(self, recipe: Recipe, folder: Path, start: Any, resume: bool, turn: int = 0) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         stage = Stage(recipe, folder, self._spec(start), self._streams(recipe), self.models, seed_of(recipe.train.seed, folder.name) if turn else recipe.train.seed,
-                      turn, self.store, not self.quiet, self.say, self._inner)  # fmt: skip
+                      turn, self.store, not self.quiet, self.say, self._inner, self.report)  # fmt: skip
         path = stage.run(resume)
         self.store = stage.store
         self.facts.append({"stage": folder.name, **stage.facts})
@@ -262,7 +235,7 @@ class _Runner:
     def _inner(self, recipe: Any) -> Run:
         """A recipe run by a method inside this run."""
         inner = _as_recipe(recipe)
-        return tune(inner, self.folder / "inner" / f"{seed_of(inner.to_yaml()):016x}", resume=True, quiet=True)
+        return tune(inner, self.folder / "inner" / f"{seed_of(inner.to_yaml()):016x}", resume=True, quiet=True, report=False)
 
     def _adopt(self, path: Path) -> None:
         """The last stage's model is the run's."""
@@ -333,7 +306,24 @@ class _Runner:
         text, facts = plain_report(self.run, self.facts, seconds)
         (self.folder / "report.txt").write_text(text, encoding="utf-8")
         (self.folder / "report.json").write_text(json.dumps(facts, indent=1, default=_jsonable), encoding="utf-8")
+        if self.report:
+            from luthier.report.card import write
+
+            write(self.folder)
         self.say("\n" + text)
+
+    def ended(self, error: BaseException) -> None:
+        """A run that ended early gets its report as well: how it ended, and what is there. One that never began leaves nothing behind."""
+        if not (self.folder / "recipe.yaml").exists():
+            return
+        stopped = isinstance(error, (KeyboardInterrupt, Stopped))
+        why = str(error) if isinstance(error, UserError) else "" if stopped else f"{type(error).__name__}: {error}"
+        with contextlib.suppress(Exception):  # a full disk, say; the error itself is what the user must hear
+            checkpoint.replace_text(self.folder / "ended.json", json.dumps({"how": "stopped" if stopped else "failed", "why": why}))
+            if self.report:
+                from luthier.report.card import write
+
+                write(self.folder)
 
 
 def _write_recipe(folder: Path, recipe: Recipe, tell: Callable[[str], None] | None) -> None:
@@ -362,8 +352,6 @@ def _decoded(recipe: Recipe, family: Any, models: Mapping[str, Any]) -> Any:
     """The family with the recipe's decoder around it."""
     if not recipe.decode:
         return family
-    import functools
-
     from luthier.core.models import load
 
     others = dict(models) or {name: functools.partial(load, recipe.model_spec(name)) for name in recipe.models}

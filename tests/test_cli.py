@@ -262,11 +262,12 @@ def test_an_unknown_option_is_refused(here):
 
 
 def test_ask_export_and_fetch(call, fake):
-    calls = fake("luthier.run", ask=lambda run, prompts, max_new_tokens: [p.upper() for p in prompts], export=lambda run, form, out: Path("there") / form)
+    calls = fake("luthier.run", ask=lambda run, prompts, max_new_tokens: [p.upper() for p in prompts])
+    exports = fake("luthier.export", export=lambda run, form, out: Path("there") / form)
     assert call("ask", "run", "hello", "you", "--max-new-tokens", "3") == (0, "HELLO\nYOU\n", "")
     assert calls[0] == ("ask", ("run", ["hello", "you"]), {"max_new_tokens": 3})
     assert json.loads(call("ask", "run", "a", "--json")[1]) == [{"prompt": "a", "answer": "A"}]
-    assert call("export", "run", "--gguf", "--out", "x")[1] == "there/gguf\n" and calls[-1][1] == ("run", "gguf", "x")
+    assert call("export", "run", "--gguf", "--out", "x")[1] == "there/gguf\n" and exports[-1][1] == ("run", "gguf", "x")
     with pytest.raises(SystemExit):
         call("export", "run")
     models = fake("luthier.core.fetch", fetch=lambda name, tell: Path("/cache") / name)

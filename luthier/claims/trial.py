@@ -74,7 +74,7 @@ class Trial:
         recipe.setdefault("adapt", "full")
         if lr is not None:
             recipe["optimize"] = {"method": "adamw", "lr": lr, **recipe.get("optimize", {})}
-        done = luthier.tune({"model": _apart(model), "data": streams, "train": setting, "measure": [], **recipe}, run=folder)
+        done = luthier.tune({"model": _apart(model), "data": streams, "train": setting, "measure": [], **recipe}, run=folder, report=False)
         self.account(folder, setting["batch"])
         tuned = _tuned(done, model)
         shutil.rmtree(folder, ignore_errors=True)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from luthier.core import checkpoint
-from luthier.errors import TrainingError
+from luthier.errors import Stopped, TrainingError
 
 if TYPE_CHECKING:
     from luthier.core.engine import Engine
@@ -44,12 +44,12 @@ def weights(engine: Engine) -> None:
                 )
 
 
-def stopped(engine: Engine) -> TrainingError:
+def stopped(engine: Engine) -> Stopped:
     """What a run says that was stopped politely."""
     clock = engine.ctx.clock
     by = "Ctrl-C" if engine.stopping == signal.SIGINT else "SIGTERM"
     kept = "The checkpoint is written" if engine.saved == clock.step else "No checkpoint was written, as train.save_every is 0"
-    error = TrainingError(f"Stopped by {by} after step {clock.step} of {clock.steps}. {kept}; continue with --resume.")
+    error = Stopped(f"Stopped by {by} after step {clock.step} of {clock.steps}. {kept}; continue with --resume.")
     error.exit_code = 143 if engine.stopping == signal.SIGTERM else 2
     return error
 

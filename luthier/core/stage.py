@@ -6,6 +6,7 @@ Each phase leaves a finished artefact in the stage's folder, so a killed run rep
 from __future__ import annotations
 
 import gc
+import json
 import shutil
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -48,6 +49,8 @@ class Stage:
     show: bool = False
     tell: Callable[[str], None] | None = None
     runner: Callable[..., Any] | None = None
+    report: bool = True
+    """Whether the rows are described for the run's report."""
     facts: dict[str, Any] = field(default_factory=dict)
     """For the report: what happened to the rows, what was chosen and why, how long it took."""
 
@@ -114,8 +117,8 @@ class Stage:
             self.selector.load_state_dict(state["selector"])
         return given if state["rows"] is None else Rows(name="train", **state["rows"])
 
-    def _made_rows(self, rows: Rows, ctx: Context) -> Rows:
-        aside = len(rows.aside)
+    def _made_rows(self, given: Rows, ctx: Context) -> Rows:
+        rows, aside = given, len(given.aside)
         self.facts["rows"] = [{"step": "given", "rows": len(rows) + aside}]
         if aside:
             self.facts["rows"].append({"step": f"{aside} bad ones were set aside", "rows": len(rows)})
@@ -126,10 +129,20 @@ class Stage:
             rows = self._change(choice, "curate", rows, ctx)
         if self.recipe.synthesize or self.recipe.curate:
             rows = self._fitted(rows, ctx)
-        rows = self._select(rows, ctx)
-        if len(rows) == 0:
+        chosen, scores = self._select(rows, ctx)
+        if len(chosen) == 0:
             raise UserError("No rows are left to train on after curation and selection.")
-        return rows
+        if self.report:
+            self._describe(given, rows, chosen, scores)
+        return chosen
+
+    def _describe(self, given: Rows, rows: Rows, chosen: Rows, scores: Any) -> None:
+        """What the report shows of the data: the pool, what was learned from, what looks wrong."""
+        from luthier.report.pool import pool
+
+        changed = bool(self.recipe.synthesize or self.recipe.curate)
+        why = None if scores is None or changed else {int(i): float(s) for i, s in zip(rows.ids, scores) if s == s}
+        checkpoint.replace_text(self.folder / "pool.json", json.dumps(pool(given, chosen, changed, why, self.seed)))
 
     def _fitted(self, rows: Rows, ctx: Context) -> Rows:
         """The rows that the model reads whole: longer ones are refused, left out or marked to be cut, as `data.too_long` says."""
@@ -178,11 +191,12 @@ class Stage:
         self.facts["rows"].append({"step": f"{verb} {choice.method}", "rows": len(changed), "report": _plain(getattr(method, "report", {}))})
         return changed
 
-    def _select(self, rows: Rows, ctx: Context) -> Rows:
+    def _select(self, rows: Rows, ctx: Context) -> tuple[Rows, Any]:
+        """The rows to learn from, and the selector's score of every row where it gives one."""
         from luthier.select import Selector
 
         if self.selector is None or type(self.selector).select is Selector.select:
-            return rows
+            return rows, None
         assert isinstance(self.selector, Selector)
         with ctx.current.evaluating():  # type: ignore[union-attr]
             picks = self.selector.select(rows, self.recipe.budget, ctx)  # type: ignore[arg-type]  # `budget_of` refuses a missing budget
@@ -190,7 +204,7 @@ class Stage:
         if picks.weights is not None:
             chosen = Rows([{**r, "weight": float(w)} for r, w in zip(chosen, picks.weights)], ids=chosen.ids, name="train", source=rows.source)
         self.facts["rows"].append({"step": f"select {self.recipe.select[0].method}", "rows": len(chosen), "report": _plain(picks.why)})
-        return chosen
+        return chosen, picks.scores if picks.scores is not None and len(picks.scores) == len(rows) else None
 
     # -- training --------------------------------------------------------------------------------------------------------
     def plan(self, family: Family, rows: Rows) -> Plan:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from luthier.core.families import Decode
-from luthier.core.rows import answer_of, prompt_ids
+from luthier.core.rows import answer_of, prompt_ids, prompt_text
 from luthier.core.verify import verifier
 
 if TYPE_CHECKING:
@@ -82,6 +82,16 @@ def answered(model: Family, rows: Any, ctx: Context | None, stream: str, verify:
     if ctx is not None:
         ctx.answers[key] = found
     return found
+
+
+def answer_table(rows: Any, answers: SequenceOf[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """One line a row, the same rows before and after tuning, so that a report can lay them side by side."""
+    return [{"row": i, "prompt": shown_prompt(row), **{k: found[k] for k in ("gold", "answer", "score", "confidence")}} for i, (row, found) in enumerate(zip(rows, answers))]
+
+
+def shown_prompt(row: Any) -> str:
+    """The end of a row's prompt, which says the most."""
+    return prompt_text(row)[-300:]
 
 
 def _confidence(model: Family, prompts: SequenceOf[np.ndarray], answers: SequenceOf[np.ndarray]) -> list[float]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from luthier.catalog import register
 from luthier.measure import Measure, Measures
-from luthier.measure._shared import answered, gold_nll, has_answers, wilson
+from luthier.measure._shared import answer_table, answered, gold_nll, has_answers, wilson
 
 if TYPE_CHECKING:
     from luthier.core.context import Context
@@ -60,6 +60,7 @@ class Forgetting(Measure):
         if not has_answers(rows):
             return
         answers = answered(model, rows, ctx, "general", self.verify, self.max_new_tokens)
+        out.tables["general answers"] = answer_table(rows, answers)
         hits = sum(a["score"] for a in answers)
         low, high = wilson(hits, len(answers))
         out.numbers |= {"general_score": hits / len(answers), "general_score_low": low, "general_score_high": high}

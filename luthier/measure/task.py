@@ -9,7 +9,7 @@ import numpy as np
 
 from luthier.catalog import register
 from luthier.measure import Measure, Measures
-from luthier.measure._shared import answered, gold_nll, has_answers, wilson
+from luthier.measure._shared import answer_table, answered, gold_nll, has_answers, shown_prompt, wilson
 
 if TYPE_CHECKING:
     from luthier.core.context import Context
@@ -40,8 +40,6 @@ class Task(Measure):
     """An answer is cut here."""
     streams: tuple[str, ...] = ("test", "ood")
     """Which row streams are measured, where the data has them."""
-    examples: int = 8
-    """How many answers the table shows, wrong ones first."""
 
     toy = {"max_new_tokens": 4}
 
@@ -66,13 +64,13 @@ class Task(Measure):
                 return
             answers = answered(model, rows, ctx, stream, self.verify, self.max_new_tokens)
             scores, name = [a["score"] for a in answers], "exact_match" if self.verify == "exact" else "score"
-            shown = sorted(range(len(rows)), key=lambda i: (scores[i], i))[: self.examples]
-            out.tables[f"{stream} answers"] = [{"prompt": _prompt(rows[i]), **{k: answers[i][k] for k in ("gold", "answer", "score")}} for i in shown]
+            out.tables[f"{stream} answers"] = answer_table(rows, answers)
             if "score" in model.verbs:
                 out.numbers[f"{prefix}nll"] = gold_nll(model, rows, ctx, self.limit)
                 out.better[f"{prefix}nll"] = "lower"
         else:
             scores, name = self._direct(model, rows)
+            out.tables[f"{stream} answers"] = [{"row": i, "prompt": shown_prompt(r), "score": float(s)} for i, (r, s) in enumerate(zip(rows, scores))]
         mean, low, high = task(scores)
         out.numbers |= {f"{prefix}{name}": mean, f"{prefix}{name}_low": low, f"{prefix}{name}_high": high, f"{prefix}rows": float(len(rows))}
         out.better[f"{prefix}{name}"] = "higher"
@@ -93,9 +91,3 @@ def _preferred(model: Family, rows: list[Any]) -> np.ndarray:
     summed = model.score(batch).rows("sum").cpu().numpy()
     found = {(s.row, s.branch): summed[i] for i, s in enumerate(batch.sequences)}
     return np.array([float(found[i, "chosen"] > found[i, "rejected"]) for i in range(len(rows))])
-
-
-def _prompt(row: Any) -> str:
-    from luthier.core.rows import prompt_text
-
-    return prompt_text(row)[-300:]

@@ -79,5 +79,5 @@ class Weights(Measure):
         ranks = [r["effective_rank"] for r in table if "effective_rank" in r]
         out = Measures({"relative_move": whole, "share_changed": changed, "effective_rank": sum(ranks) / len(ranks) if ranks else None})
         out.better = {"relative_move": "lower", "share_changed": "lower"}
-        out.tables["by tensor"] = sorted(table, key=lambda r: -r["move"])[:200]
+        out.tables["by tensor"] = sorted(table, key=lambda r: -r["move"])
         return out

@@ -126,4 +126,4 @@ def _costs(stages: list[dict[str, Any]], seconds: float) -> list[str]:
 
 
 def _where(run: Run) -> list[str]:
-    return [f"Model:    {run.model_path}   (loads with plain transformers or peft)", f"Report:   {run.folder / 'report.txt'}   Numbers: {run.folder / 'measures.json'}", f"Recipe:   {run.folder / 'recipe.yaml'}"]
+    return [f"Model:    {run.model_path}   (loads with plain transformers or peft)", f"Report:   {run.folder / 'report.html'}   Numbers: {run.folder / 'report.json'}", f"Recipe:   {run.folder / 'recipe.yaml'}"]
