@@ -21,7 +21,7 @@ SHARES = ("exact_match", "accuracy", "pair_accuracy", "general_score", "recall_a
 def plain_report(run: Run, stages: list[dict[str, Any]], seconds: float) -> tuple[str, dict[str, Any]]:
     """The report as text and as facts."""
     changes = compared(run.measures)
-    facts: dict[str, Any] = {"verdict": verdict(changes), "changes": changes, "stages": stages, "seconds": seconds, "cost": cost(stages), "model": str(run.model_path), "run": str(run.folder)}
+    facts: dict[str, Any] = {"status": "finished", "verdict": verdict(changes), "changes": changes, "stages": stages, "seconds": seconds, "cost": cost(stages), "model": str(run.model_path), "run": str(run.folder)}
     lines = ["", *facts["verdict"], ""]
     if changes:
         lines += _table(changes)
