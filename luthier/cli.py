@@ -150,6 +150,18 @@ def _tune(args: argparse.Namespace) -> None:
         say(folder)
 
 
+def _advise(args: argparse.Namespace) -> None:
+    from luthier._cli.advise import advise
+
+    advise(args)
+
+
+def _compare(args: argparse.Namespace) -> None:
+    from luthier._cli.compare import compare
+
+    compare(args, _recipe)
+
+
 def _recipe(args: argparse.Namespace) -> Any:
     """The recipe of `RECIPE key=value ...`, of a run's folder, or of --model and --data alone."""
     from luthier.recipe import Recipe
@@ -309,6 +321,11 @@ def _add_tuning(commands: Any) -> None:
         one.add_argument("--run", help="the folder to write to")
     one.add_argument("--resume", action="store_true", help="continue an interrupted run")
     one.add_argument("--quiet", action="store_true", help="print only the run's folder")
+    from luthier._cli.advise import add_arguments as add_advise_arguments
+    from luthier._cli.compare import add_arguments
+
+    add_advise_arguments(_add(commands, "advise", _advise, "look at data and a model, and propose recipes with reasons", json=True))
+    add_arguments(_add(commands, "compare", _compare, "run recipes with the same seeds and say what differs by more than chance", json=True))
     one = _add(commands, "ask", _ask, "ask a run's model", json=True)
     one.add_argument("run", metavar="RUN")
     one.add_argument("prompts", nargs="+", metavar="PROMPT")

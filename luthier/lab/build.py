@@ -71,7 +71,7 @@ def builds() -> dict[str, Build]:
         "lm-s.b": Build(Plan(14_000_000), 2, run_text(MIXTURE_A), abilities.text_abilities),
         "lm-m": Build(Plan(15_000_000, rate=1.5e-3), 3, run_text(with_values(MIXTURE_A), (10, 120)), lambda m: abilities.text_abilities(m, filler=True)),
         "chat": Build(Plan(4_000_000, rate=1e-3, final_rate=5e-5), 4, _build_chat.run, _build_chat.measure, start="lm-s"),
-        "enc": Build(Plan(8_000_000), 5, _build_encoder.run, _build_encoder.measure, loads_with="AutoModelForMaskedLM"),
+        "enc": Build(Plan(8_000_000, rate=7e-4, warmup=400), 5, _build_encoder.run, _build_encoder.measure, loads_with="AutoModelForMaskedLM"),
         "vit": Build(Plan(500_000, rate=1e-3), 6, _build_vision.run, _build_vision.measure, loads_with="AutoModelForImageClassification"),
     }
 

@@ -203,12 +203,7 @@ class Frame:
             self.parts.append(f'<polyline class="{style}" points="{path}"/>')
 
     def mark(self, x: float, y: float, kind: int, label: str, size: float) -> None:
-        a, b = self.at(x, y)
-        shape = (
-            f'<circle cx="{a:.1f}" cy="{b:.1f}" r="{size}"', f'<rect x="{a - size:.1f}" y="{b - size:.1f}" width="{2 * size}" height="{2 * size}"',
-            f'<path d="M{a:.1f} {b - 1.3 * size:.1f}l{1.2 * size} {2.2 * size}h{-2.4 * size}z"', f'<path d="M{a:.1f} {b - 1.4 * size:.1f}l{1.4 * size} {1.4 * size}l{-1.4 * size} {1.4 * size}l{-1.4 * size} {-1.4 * size}z"',
-        )[min(kind % KINDS, 3) if kind % KINDS < 4 else 0]  # fmt: skip
-        self.parts.append(f'{shape} class="mark k{kind % KINDS}"><title>{escape(label)}</title></{shape[1:].split()[0]}>')
+        self.parts.append(_mark(*self.at(x, y), kind, size, f"<title>{escape(label)}</title>"))
 
     def whiskers(self, p: Point) -> None:
         for (low, high), flat in ((p.x_interval, True), (p.y_interval, False)):
@@ -245,13 +240,24 @@ class Frame:
 
 def figure(title: str, body: str, about: str, missing: int, head: Sequence[str], rows: Sequence[Sequence[object]], kinds: Sequence[str]) -> str:
     """A chart with its name, its legend, what it tells, and its numbers."""
-    legend = "".join(f'<span><svg viewBox="0 0 12 12" aria-hidden="true"><circle class="mark k{i % KINDS}" cx="6" cy="6" r="5"/></svg>{escape(k)}</span>' for i, k in enumerate(kinds))
+    legend = "".join(f'<span><svg viewBox="0 0 12 12" aria-hidden="true">{_mark(6, 6, i, 4)}</svg>{escape(k)}</span>' for i, k in enumerate(kinds))
     lost = f" {missing} {'value was' if missing == 1 else 'values were'} not measured and {'is' if missing == 1 else 'are'} left out." if missing else ""
     numbers = f"<details><summary>The numbers</summary>{table(head, rows)}</details>" if rows else ""
     return (
         f'<figure class="chart"><figcaption>{escape(title)}</figcaption>{body}' + (f'<p class="legend">{legend}</p>' if legend else "")
         + (f'<p class="about">{escape((about + lost).strip())}</p>' if about or lost else "") + numbers + "</figure>"
     )  # fmt: skip
+
+
+def _mark(a: float, b: float, kind: int, size: float, inside: str = "") -> str:
+    """A circle, square, triangle or diamond: kinds differ in shape and not in colour alone."""
+    kind %= KINDS
+    shape = (
+        f'circle cx="{a:.1f}" cy="{b:.1f}" r="{size}"', f'rect x="{a - size:.1f}" y="{b - size:.1f}" width="{2 * size}" height="{2 * size}"',
+        f'path d="M{a:.1f} {b - 1.3 * size:.1f}l{1.2 * size:.1f} {2.2 * size:.1f}h{-2.4 * size:.1f}z"',
+        f'path d="M{a:.1f} {b - 1.4 * size:.1f}l{1.4 * size:.1f} {1.4 * size:.1f}l{-1.4 * size:.1f} {1.4 * size:.1f}l{-1.4 * size:.1f} {-1.4 * size:.1f}z"',
+    )[kind if kind < 4 else 0]  # fmt: skip
+    return f'<{shape} class="mark k{kind}">{inside}</{shape.split()[0]}>'
 
 
 def _thinned(curve: Sequence[tuple[float | None, float | None]], most: int = 60) -> list[tuple[float | None, float | None]]:
