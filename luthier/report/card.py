@@ -18,7 +18,7 @@ def card(folder: str | Path) -> str:
     """The page of the run in `folder`."""
     facts = read(folder)
     name = facts.recipe.get("name") or facts.folder.resolve().name
-    parts = [getattr(card_parts, f"{part}_part")(facts) for part in ("gained", "forgotten", "examples", "trust", "weights", "data", "training", "other", "repeat")]
+    parts = [getattr(card_parts, f"{part}_part")(facts) for part in ("gained", "forgotten", "trust", "weights", "data", "training", "examples", "other", "repeat")]
     footer = paragraphs("Made by Luthier from the files of this run. It loads nothing from anywhere; its numbers are in report.json, measures.json and metrics.jsonl beside it.")
     return page(f"Report: {name}", _header(name, facts), parts, footer)
 

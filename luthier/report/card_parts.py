@@ -10,8 +10,8 @@ from luthier.report.charts import Interval, Point, heat, intervals, lines, scatt
 from luthier.report.html import Raw, code, columns, details, number, paragraphs, percent, section, table, text
 from luthier.report.reading import Facts
 
-SHOWN = 150
-"""Examples in a stream's list."""
+SHOWN, AT_ONCE = 150, 6
+"""Examples in a stream's list, and those that show before more are asked for."""
 STREAMS = {"test": "test rows", "ood": "out of domain", "general": "general questions"}
 
 
@@ -99,7 +99,8 @@ def examples_part(facts: Facts) -> Raw:
     for stream, rows in found.items():
         shown = _spread(rows)
         lost = f" ({len(shown)} of {len(rows)} shown)" if len(shown) < len(rows) else ""
-        parts.append(details(f"{STREAMS[stream]}: {len(rows)}{lost}", *(_case(r) for r in shown), opened=stream == "test"))
+        more = details(f"{len(shown) - AT_ONCE} more", *(_case(r) for r in shown[AT_ONCE:])) if len(shown) > AT_ONCE else ""
+        parts.append(details(f"{STREAMS[stream]}: {len(rows)}{lost}", *(_case(r) for r in shown[:AT_ONCE]), more, opened=stream == "test"))
     return section("Examples", filters, *parts)
 
 

@@ -34,7 +34,8 @@ def number(value: float | None) -> str:
 
 
 def percent(value: float | None, digits: int = 1) -> str:
-    return "-" if value is None or not math.isfinite(value) else f"{100 * value:.{digits}f} %"
+    """A share in hundredths; the sign stays on the number's line."""
+    return "-" if value is None or not math.isfinite(value) else f"{100 * value:.{digits}f}\u00a0%"
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[Any]], caption: str = "", sortable: bool = False) -> Raw:

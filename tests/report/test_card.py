@@ -39,7 +39,7 @@ def words(html):
 
 def test_every_run_gets_a_card_with_all_its_parts(run):
     html = (run / "report.html").read_text()
-    assert headings(html) == ["Gained", "Forgotten", "Examples", "Trust", "Where the weights moved", "The data", "The training", "How to repeat it"]
+    assert headings(html) == ["Gained", "Forgotten", "Trust", "Where the weights moved", "The data", "The training", "Examples", "How to repeat it"]
     assert len(html) < 2_000_000 and "http://" not in html and "https://" not in html
     for chart in ("Right before and after", "General questions before and after", "How sure it is", "Relative change of every tensor", "The pool", "Loss", "Gradient norm", "Throughput"):
         assert chart in html, chart
