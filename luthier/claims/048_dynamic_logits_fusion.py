@@ -1,9 +1,13 @@
-"""Dynamic logits fusion against proxy tuning: what a small model learned of three skills, lent to a larger one that learned none of them."""
+"""Dynamic logits fusion against proxy tuning: what a small model learned of three tasks, lent to a larger one that learned none of them."""
 
 from luthier.claims import Claim
 from luthier.lab import make
 
-TASKS = {"sort down": {"skills": "sortd"}, "running max": {"skills": "runmax"}, "chains, other style": {"skills": "chain", "operands": "4", "style": "2"}}
+TASKS = {
+    "instructions": ("traces", {"skills": "base", "phrasings": "seen"}),
+    "fact questions": ("facts", {"world": "real", "entities": 80, "forms": "question"}),
+    "running max": ("traces", {"skills": "runmax"}),
+}
 ROWS, STEPS = 800, 80
 
 claim = Claim(
@@ -16,15 +20,15 @@ claim = Claim(
     equal=("rows", "steps"),
     seeds=(0, 1, 2, 3),
     methods=("decode/logits-fusion",),
-    tasks=("traces",),
+    tasks=("traces", "facts"),
     models=("lm-m", "lm-s"),
-    departs="A model of 0.4 M parameters is the expert and one of 1.1 M the large model; both know the same base skills, so the large one has little to add. Sorting "
-    "downwards, running maxima and chains in another way of writing, an expert each, stopped early so that the skill is not yet certain.",
+    departs="A model of 0.4 M parameters is the expert and one of 1.1 M the large model; both know the same base skills and facts, so the large one has little to add. An "
+    "expert each for base skills asked for in other words, for questions about known facts, and for a new skill, stopped early so that they are not yet certain.",
 )
 
 
 def task(trial, name):
-    return trial.once(("task", name), lambda: make("traces", **{"operands": "", **TASKS[name]}, n=ROWS, seed=trial.seed, test=200))
+    return trial.once(("task", name), lambda: make(TASKS[name][0], **TASKS[name][1], n=ROWS, seed=trial.seed, test=200))
 
 
 def tuned(trial, model, name):

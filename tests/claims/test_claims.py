@@ -127,7 +127,8 @@ def test_every_claim_is_well_formed(name):
     paper = next(p for p in papers() if p.n == claim.paper)
     assert paper.claim == name, "the file is named after its paper"
     assert claim.says and claim.published and claim.methods
-    assert len(claim.of_role("method").grid.get("lr", ())) == len(claim.of_role("baseline").grid.get("lr", ())), "both are tuned alike"
+    baseline = claim.of_role("baseline")
+    assert baseline.exempt or len(claim.of_role("method").grid.get("lr", ())) == len(baseline.grid.get("lr", ())), "both are tuned alike, where both are trained"
     Store(claim).summary()
 
 
