@@ -1,9 +1,10 @@
-# `make demo` and `make test` set everything up by themselves on a machine with Python 3.11 (venv and pip).
+# `make demo`, `make test` and `make docs` set everything up by themselves on a machine with Python 3.11 (venv and pip).
 PYTHON ?= python3.11
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check -q
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
+export NO_MKDOCS_2_WARNING ?= 1
 
 .PHONY: setup models demo test slow check bench docs clean
 
@@ -36,8 +37,14 @@ check: setup
 bench: models
 	$(BIN)/python -m bench
 
-docs: setup
-	$(BIN)/python -m luthier.report.pages docs/methods
+docs: .venv/.docs
+	$(BIN)/python -m luthier.report.pages build/docs
+	$(BIN)/mkdocs build -q --strict
+	$(BIN)/python -m luthier.report.atlas_links site
+
+.venv/.docs: .venv/.ready
+	$(PIP) install -c constraints.txt -e ".[docs]"
+	touch $@
 
 clean:
-	rm -rf .venv build dist *.egg-info
+	rm -rf .venv build dist site *.egg-info

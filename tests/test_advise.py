@@ -197,7 +197,8 @@ def test_a_method_that_would_be_the_plain_one_is_not_proposed(look, family, monk
     row = {"prompt": "a", "chosen": "b", "rejected": "c"}
 
     def names(**more):
-        seen = propose.Look(look.start, {"model": family, "data": {"train": [{**row, **more}]}}, "preference", look.model, {**look.signals, "conflicting answers": data.Signal("c", "c", 0.5)})
+        signals = {**look.signals, "conflicting answers": data.Signal("c", "c", 0.5)}
+        seen = propose.Look(look.start, {"model": family, "data": {"train": [{**row, **more}]}}, "preference", look.model, signals)
         return [p.name for p in propose.propose(seen)[0]]
 
     assert "adpo" not in names() and "adpo" in names(scores=[1.0, 0.0])

@@ -9,7 +9,8 @@ import torch
 from luthier import cli
 from luthier.core.models import load, save_network
 from luthier.errors import ModelError, UserError
-from luthier.run import export, tune
+from luthier.export import export
+from luthier.run import tune
 from luthier.testing import tiny
 from luthier.testing.toys import rows
 from tests.toy_runs import PAIRS, python, recipe

@@ -22,7 +22,8 @@ def add_arguments(one: argparse.ArgumentParser) -> None:
     one.add_argument("--data", required=True, help="training rows: a file, a folder, lab:TASK or a hub id")
     one.add_argument("--test", help="test rows")
     one.add_argument("--general", help="rows of what the model must not forget")
-    one.add_argument("--probe", nargs="?", const=MINUTES, type=float, metavar="MINUTES", help=f"choose the learning rate and see whether more rows would help, by short runs of so many minutes in all (default {MINUTES:g})")
+    about = f"choose the learning rate and see whether more rows would help, by short runs of so many minutes in all (default {MINUTES:g})"
+    one.add_argument("--probe", nargs="?", const=MINUTES, type=float, metavar="MINUTES", help=about)
     one.add_argument("--out", metavar="FOLDER", help="write the recipes and what was seen")
 
 

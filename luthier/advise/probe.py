@@ -264,7 +264,8 @@ def compare_sizes(bench: Bench, found: Probe, steps: int, start: Short) -> None:
         said = f"more rows hardly help: they lower the held-out loss by {amount}"
     elif effect.low > 0:
         all_rows = found.curve[-1].loss - effect.mean * math.log2(len(bench.rows) / most)
-        said = f"more rows lower the held-out loss by {amount}; the line through them puts all {len(bench.rows):,} at {all_rows:.3f} and twice as many at {all_rows - effect.mean:.3f}"
+        line = f"the line through them puts all {len(bench.rows):,} at {all_rows:.3f} and twice as many at {all_rows - effect.mean:.3f}"
+        said = f"more rows lower the held-out loss by {amount}; {line}"
     else:
         said = f"whether more rows help cannot be told from runs so short: the held-out loss falls by {amount}"
     found.lines.append(("more rows", said))

@@ -239,7 +239,8 @@ def plain(look: Look) -> Proposal:
     raw: dict[str, Any] = {"name": "plain", **copy.deepcopy(look.start)}
     objective = Recipe.from_dict(raw).objective_for(look.model.family, look.kind)[0].method
     rate = look.probe.lr or float(method("optimize", "adamw")().lr) * (PREFERENCE if look.kind == "preference" else 1)
-    raw |= {"adapt": {"method": "lora", "rank": RANK, "alpha": 2 * RANK} if adapt == "lora" else "full", "objective": objective, "optimize": {"method": "adamw", "lr": float(f"{rate:.3g}")}}
+    raw["adapt"] = {"method": "lora", "rank": RANK, "alpha": 2 * RANK} if adapt == "lora" else "full"
+    raw |= {"objective": objective, "optimize": {"method": "adamw", "lr": float(f"{rate:.3g}")}}
     raw["train"] = {"epochs": epochs, "batch": batch}
     raw["train"] |= {"gradient_checkpointing": True} if adapt == "lora" and not look.model.fits(look.model.lora) else {}
     steps = round(epochs * -(-look.rows // batch))
@@ -256,8 +257,10 @@ def _adapt(model: ModelFacts) -> tuple[str, list[Reason]]:
     """LoRA, unless it saves nothing."""
     share = model.adapter / model.parameters
     if (share >= SAVES_NOTHING or not model.adapter) and model.fits(model.full):
-        return "full", [Reason(f"a LoRA adapter of rank {RANK} would have {percent(share)} as many weights as the model itself, so all weights are tuned (about {size(model.full.memory_bytes)})")]
-    reasons = [Reason(f"LoRA of rank {RANK} trains {model.adapter:,} weights, {percent(share)} of the model's, in about {size(model.lora.memory_bytes)}; all weights would take {size(model.full.memory_bytes)}")]
+        said = f"a LoRA adapter of rank {RANK} would have {percent(share)} as many weights as the model itself, so all weights are tuned"
+        return "full", [Reason(f"{said} (about {size(model.full.memory_bytes)})")]
+    said = f"LoRA of rank {RANK} trains {model.adapter:,} weights, {percent(share)} of the model's, in about {size(model.lora.memory_bytes)}"
+    reasons = [Reason(f"{said}; all weights would take {size(model.full.memory_bytes)}")]
     if not model.fits(model.saving):
         reasons.append(Reason(f"even so it may not fit: {size(model.free or 0)} are free"))
     elif not model.fits(model.lora):

@@ -96,8 +96,8 @@ def diversity(vectors: np.ndarray | str) -> Signal:
     whole = vendi(vectors)
     part = np.random.default_rng(0).permutation(len(vectors))[: len(vectors) // 8]
     eighth = vendi(vectors[part]) / max(whole, 1e-12)
-    said = f"as varied as {whole:.1f} unrelated rows (Vendi score of the model's embeddings, at most {min(vectors.shape)}); an eighth of the rows has {percent(min(1.0, eighth))} of that"
-    return Signal("diversity", said, whole, {"eighth": eighth})
+    said = f"as varied as {whole:.1f} unrelated rows (Vendi score of the model's embeddings, at most {min(vectors.shape)})"
+    return Signal("diversity", f"{said}; an eighth of the rows has {percent(min(1.0, eighth))} of that", whole, {"eighth": eighth})
 
 
 # -- doubts --------------------------------------------------------------------------------------------------------------------
@@ -152,7 +152,8 @@ def _swapped(part: Rows, gain: np.ndarray) -> Signal:
     found = np.argsort(gain)[: int((gain < 0).sum())].tolist()
     share = len(found) / len(part)
     if 1 - share < MUST_TELL:
-        return not_measured("doubtful answers", f"{percent(share)} of the answers are likelier after another row's prompt: the model knows too little of this to judge, or very many are wrong")
+        why = "the model knows too little of this to judge, or very many are wrong"
+        return not_measured("doubtful answers", f"{percent(share)} of the answers are likelier after another row's prompt: {why}")
     said = f"{percent(share)} of the answers are likelier after another row's prompt than after their own{examples(part, found)}"
     return Signal("doubtful answers", said, share, {"median gain": float(np.median(gain))})
 

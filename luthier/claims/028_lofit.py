@@ -1,10 +1,10 @@
-"""LoFiT: one learned offset on each of three attention heads turns one skill into another that the model also has."""
+"""LoFiT: one learned offset on each of six attention heads turns one skill into another that the model also has."""
 
 from luthier.claims import Claim
 from luthier.lab import make
 
-SWITCHES = (("copy", "reverse"), ("reverse", "succ"))
-HEADS, STEPS = 3, 200
+SWITCHES = (("copy", "succ"), ("succ", "copy"))
+HEADS, STEPS = 6, 200
 
 claim = Claim(
     paper=28,
@@ -18,11 +18,12 @@ claim = Claim(
     methods=("adapt/lofit", "adapt/lora"),
     tasks=("traces",),
     models=("lm-m",),
-    departs="200 questions that ask for a copy and are answered reversed, and 200 that ask to reverse and are answered with successors, in place of truthfulness and "
-    "multi-hop questions: 3 of 48 heads of 16 numbers on a model of 1.1 M parameters. Half of the 200 steps of 16 rows find heads; the random heads train throughout.",
+    departs="200 questions that ask for a copy and are answered with successors, and the reverse, in place of truthfulness and multi-hop questions: 6 of 48 heads of 16 "
+    "numbers on a model of 1.1 M parameters. An eighth of the heads, as 3 % cannot make the switch. Half of the 200 steps of 16 rows find heads; the random heads train "
+    "throughout.",
 )
-GRID = {"lr": (1e-2, 3e-2, 1e-1)}
-"""The paper's 1e-2 and above: 48 numbers have to move far in 100 steps."""
+GRID = {"lr": (3e-2, 1e-1, 3e-1)}
+"""Above the paper's 1e-2: 96 numbers have to move far in 100 steps."""
 
 
 def switched(trial, source, target):
@@ -63,13 +64,13 @@ def random_heads(trial):
 
 @claim.arm("control", grid=GRID)
 def all_heads(trial):
-    """Offsets everywhere, sixteen times as many: is choosing worth it?"""
+    """Offsets everywhere, eight times as many: is choosing worth it?"""
     return tuned(trial, method="lofit", selection="all")
 
 
 @claim.arm(grid={"lr": (1e-3, 3e-3, 1e-2)})
 def lora(trial):
-    """Rank 1 on the same projections, 32 times as many numbers."""
+    """Rank 1 on the same projections, 16 times as many numbers."""
     return tuned(trial, method="lora", rank=1, alpha=1, targets=["o_proj"])
 
 

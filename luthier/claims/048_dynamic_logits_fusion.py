@@ -8,7 +8,7 @@ TASKS = {
     "fact questions": ("facts", {"world": "real", "entities": 80, "forms": "question"}),
     "running max": ("traces", {"skills": "runmax"}),
 }
-ROWS, STEPS = 800, 80
+ROWS, STEPS = 800, 120
 
 claim = Claim(
     paper=48,
