@@ -40,7 +40,7 @@ class Paper:
     verdict: str | None = None
     """What the claim's evidence says: reproduced, not reproduced or unclear."""
     status: Status = "planned"
-    """works: methods, preset and evidence are all there; partly: some method is."""
+    """works: methods, preset and evidence with a verdict are all there; partly: some method is."""
     present: tuple[str, ...] = field(default=(), repr=False)
     """The methods that are in the catalogue."""
 
@@ -82,7 +82,7 @@ def _judged(record: dict[str, Any], known: set[str], package: Path) -> Paper:
         missing.append(f"preset {record['preset']}")
     evidence = package / "evidence" / f"{record['claim']}.json"
     verdict = _verdict(evidence)
-    if not evidence.is_file():
+    if verdict is None:
         missing.append("evidence")
     status: Status = "works" if not missing else "partly" if present else "planned"
     given: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in record.items()}

@@ -147,7 +147,9 @@ def test_a_paper_works_with_methods_preset_and_evidence(tmp_path):
     whole = judge(both)
     assert whole.works and whole.status == "works" and whole.verdict == "not reproduced"
     (tmp_path / "evidence" / "001_x.json").write_text("{broken")
-    assert judge(both).verdict is None
+    assert judge(both).verdict is None and judge(both).missing == ("evidence",)
+    (tmp_path / "evidence" / "001_x.json").write_text(json.dumps({"verdict": None}))
+    assert judge(both).status == "partly", "a claim whose seeds are not all in proves nothing"
 
 
 def test_a_paper_by_number_or_slug():

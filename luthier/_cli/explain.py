@@ -12,6 +12,7 @@ from luthier._cli.text import paragraph
 from luthier.catalog import AXES, Entry
 from luthier.errors import RecipeError, UserError, nearest
 from luthier.papers import Paper, evidence_of, papers
+from luthier.recipe import LISTS
 
 
 def explain(which: str) -> dict[str, Any]:
@@ -48,7 +49,14 @@ def _paper_recipe(one: Paper) -> str | None:
     for method in one.present:
         axis, _, name = method.partition("/")
         by_axis.setdefault(axis, []).append(name)
-    return "\n".join(f"{a}: {n[0] if len(n) == 1 else '[' + ', '.join(n) + ']'}" for a in AXES if (n := by_axis.get(a))) or None
+    return "\n".join(_line(a, n) for a in AXES if (n := by_axis.get(a))) or None
+
+
+def _line(axis: str, names: list[str]) -> str:
+    """An axis's methods as a recipe takes them: several where it takes a list, else one and the others beside it."""
+    if len(names) > 1 and axis in LISTS:
+        return f"{axis}: [{', '.join(names)}]"
+    return f"{axis}: {names[0]}" + (f"  # or {', '.join(names[1:])}" if names[1:] else "")
 
 
 def _relatives(one: Paper) -> list[str]:

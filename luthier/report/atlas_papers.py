@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from html import escape
 from typing import Any
 
@@ -10,7 +9,6 @@ from luthier import catalog
 from luthier._cli.claims import effect_text, times
 from luthier._cli.explain import about_paper
 from luthier.papers import Paper, evidence_of, papers
-from luthier.recipe import LISTS
 from luthier.report.atlas import (
     Pages,
     axis_link,
@@ -49,18 +47,12 @@ def _use(paper: Paper, about: dict[str, Any]) -> list[str]:
     if not about["recipe"]:
         return []
     if not paper.preset:
-        shown = re.sub(r"^(\w+): \[([\w-]+), (.+)\]$", _one, about["recipe"], flags=re.MULTILINE)
-        return ["## In a recipe", "", fenced(shown, "yaml"), ""]
+        return ["## In a recipe", "", fenced(about["recipe"], "yaml"), ""]
     from luthier.papers import preset_file
 
     file = preset_file(paper.preset)
     shown, place = fenced(file.read_text(encoding="utf-8").rstrip(), "yaml"), code(file.relative_to(catalog.PACKAGE.parent))
     return ["## In a recipe", "", f"The preset {code(paper.preset)} is its whole system:", "", fenced(about["recipe"], "console"), "", f"It is {place}:", "", shown, ""]
-
-
-def _one(line: re.Match[str]) -> str:
-    """One method where the axis takes one; the paper's others beside it."""
-    return line[0] if line[1] in LISTS else f"{line[1]}: {line[2]}  # or {line[3]}"
 
 
 def _unproven(paper: Paper) -> str:
