@@ -26,7 +26,7 @@ PREFERENCE = 0.1
 SAVES_NOTHING = 0.25
 """An adapter with so many weights of the model's own spares neither memory nor time."""
 STEPS, MOST_EPOCHS, FEW, MANY, KNOWN = 100, 10, 200, 1000, 0.9
-NOISY = {"conflicting answers": 0.02, "doubtful labels": 0.02, "doubtful answers": 0.05, "surprising answers": 0.05}
+NOISY = {"conflicting answers": 0.02, "doubtful labels": 0.02, "doubtful answers": 0.03, "surprising answers": 0.05}
 """From these shares on a signal asks for something against noise."""
 MOST = 2
 """Variations."""

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from luthier.core.context import Context
     from luthier.core.families import Family
 
-OPERATIONS, FEWEST, MOST = 5e12, 64, 2000
+OPERATIONS, FEWEST, MOST = 2e12, 64, 2000
 """So many rows are read by the model as take about this many operations, within these bounds."""
 ASKED = 32
 """Rows whose prompts the model answers itself."""
@@ -154,7 +154,7 @@ def _swapped(part: Rows, gain: np.ndarray) -> Signal:
     if 1 - share < MUST_TELL:
         why = "the model knows too little of this to judge, or very many are wrong"
         return not_measured("doubtful answers", f"{percent(share)} of the answers are likelier after another row's prompt: {why}")
-    said = f"{percent(share)} of the answers are likelier after another row's prompt than after their own{examples(part, found)}"
+    said = f"{percent(share)} of the answers are likelier after another row's prompt than after their own{examples(part, found)}; about half of those that belong elsewhere show so"
     return Signal("doubtful answers", said, share, {"median gain": float(np.median(gain))})
 
 

@@ -1,29 +1,29 @@
-"""LoFiT: one learned offset on each of six attention heads turns one skill into another that the model also has."""
+"""LoFiT: one learned offset on each of three attention heads turns one skill into another that the model also has."""
 
 from luthier.claims import Claim
 from luthier.lab import make
 
 SWITCHES = (("copy", "succ"), ("succ", "copy"))
-HEADS, STEPS = 6, 200
+HEADS, STEPS = 3, 200
 
 claim = Claim(
     paper=28,
-    says="Offsets learned on the few heads that a first step finds change what a model answers better than offsets learned on as many heads drawn at random.",
+    says="Offsets learned on the few heads that a first step finds change what a model answers more than offsets learned on as many heads drawn at random.",
     published="With 3 % of the heads better than inference-time intervention and on a par with LoRA at 20 to 200 times fewer parameters; heads found for the task beat those of "
     "other tasks (abstract)",
-    metric="right answers",
+    metric="right digits",
     smallest=0.02,
     equal=("rows", "steps"),
     seeds=(0, 1, 2, 3),
     methods=("adapt/lofit", "adapt/lora"),
     tasks=("traces",),
     models=("lm-m",),
-    departs="200 questions that ask for a copy and are answered with successors, and the reverse, in place of truthfulness and multi-hop questions: 6 of 48 heads of 16 "
-    "numbers on a model of 1.1 M parameters. An eighth of the heads, as 3 % cannot make the switch. Half of the 200 steps of 16 rows find heads; the random heads train "
-    "throughout.",
+    departs="200 questions that ask for a copy and are answered with successors, and the reverse, in place of truthfulness and multi-hop questions; 3 of 48 heads of 16 "
+    "numbers on a model of 1.1 M parameters. The share of right digits is judged, as whole answers turn right all at once. Half of the 200 steps of 16 rows find heads; the "
+    "random heads, another draw for each of the two switches, train throughout.",
 )
 GRID = {"lr": (3e-2, 1e-1, 3e-1)}
-"""Above the paper's 1e-2: 96 numbers have to move far in 100 steps."""
+"""Above the paper's 1e-2: 48 numbers have to move far in 100 steps."""
 
 
 def switched(trial, source, target):
@@ -35,19 +35,22 @@ def switched(trial, source, target):
 
 
 def judged(trial, change):
-    """The mean of right answers over the switches, after `change(rows, source)` gave a model."""
-    found, kept = {}, []
+    """The share of right digits, the mean over the switches, after `change(rows, source)` gave a model."""
+    found, whole, kept = {}, [], []
     for source, target in SWITCHES:
         task = trial.once((source, target), lambda source=source, target=target: switched(trial, source, target))
         model = change(task.train, source)
-        found[f"{source} to {target}"] = trial.right(model, task.test, task.verify)
+        answers = [(row["completion"].split(), answer.split()) for row, answer in zip(task.test, trial.answers(model, task.test))]
+        found[f"{source} to {target}"] = sum(sum(map(str.__eq__, gold, said)) / len(gold) for gold, said in answers) / len(answers)
+        whole.append(sum(gold == said for gold, said in answers) / len(answers))
         kept.append(trial.general(model, 200))
-    return {"right answers": sum(found.values()) / len(found), **found, "general": sum(kept) / len(kept)}
+    return {"right digits": sum(found.values()) / len(found), **found, "right answers": sum(whole) / len(whole), "general": sum(kept) / len(kept)}
 
 
 def tuned(trial, **adapt):
     def change(rows, source):
-        return trial.tune("lab:lm-m", rows, steps=STEPS, batch=16, lr=trial["lr"], adapt=adapt)
+        draw = 10 * trial.seed + [s for s, _ in SWITCHES].index(source)
+        return trial.tune("lab:lm-m", rows, steps=STEPS, batch=16, lr=trial["lr"], adapt=adapt, train={"seed": draw})
 
     return judged(trial, change)
 
@@ -64,13 +67,13 @@ def random_heads(trial):
 
 @claim.arm("control", grid=GRID)
 def all_heads(trial):
-    """Offsets everywhere, eight times as many: is choosing worth it?"""
+    """Offsets everywhere, sixteen times as many: is choosing worth it?"""
     return tuned(trial, method="lofit", selection="all")
 
 
 @claim.arm(grid={"lr": (1e-3, 3e-3, 1e-2)})
 def lora(trial):
-    """Rank 1 on the same projections, 16 times as many numbers."""
+    """Rank 1 on the same projections, 32 times as many numbers."""
     return tuned(trial, method="lora", rank=1, alpha=1, targets=["o_proj"])
 
 

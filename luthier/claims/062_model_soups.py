@@ -3,7 +3,7 @@
 from luthier.claims import Claim
 from luthier.lab import make
 
-SHIFTS = {"turned": {"domain": "rot30"}, "noisy": {"domain": "noise", "severity": 0.5}, "blurred": {"domain": "blur"}, "pale": {"domain": "contrast"}}
+SHIFTS = {"turned": "rot30", "noisy": "noise", "blurred": "blur", "pale": "contrast"}
 TRAIN = {"tokens_per_micro_batch": 1 << 16}
 
 claim = Claim(
@@ -17,14 +17,14 @@ claim = Claim(
     tasks=("digits", "scenes"),
     models=("vit",),
     departs="A vision transformer of 0.3 M parameters and 400 digits; twelve models of random learning rate, decay, smoothing, length and order, no augmentation. "
-    "The metric is the mean of accuracy on the test digits and on the four disturbed copies of them. All models share a head fitted to the base's features.",
+    "The metric is the mean of accuracy on test digits and of accuracy on others, turned, noisy, blurred and pale. All models share a head fitted to the base's features.",
 )
 
 
 def pictures(trial):
-    """400 rows to train on, 300 to choose with; test digits as they are, and disturbed."""
+    """400 rows to train on, 300 to choose with; test digits as they are, and other ones disturbed."""
     task = make("digits", n=700, seed=trial.seed, rgb=True)
-    shifted = {name: make("digits", n=1, seed=trial.seed, rgb=True, **knobs).test for name, knobs in SHIFTS.items()}
+    shifted = {name: make("digits", n=1, seed=trial.seed, rgb=True, shift=shift, severity=0.7).ood for name, shift in SHIFTS.items()}
     return task.train[:400], task.train[400:], {"clean": task.test, **shifted}
 
 
@@ -52,7 +52,7 @@ def sweep(trial):
     rng = np.random.default_rng([trial.seed, 62])
     for number in range(12):
         model = trial.tune(
-            start, train, steps=int(rng.choice([60, 80, 100])), lr=float(10 ** rng.uniform(-4, -2.5)), optimize={"weight_decay": float(rng.choice([0.0, 0.01, 0.1]))},
+            start, train, steps=int(rng.choice([60, 90, 120])), lr=float(10 ** rng.uniform(-3.5, -2.5)), optimize={"weight_decay": float(rng.choice([0.0, 0.01, 0.1]))},
             objective={"method": "classify", "label_smoothing": float(rng.choice([0.0, 0.1]))}, train={**TRAIN, "seed": 100 * trial.seed + number},
         )  # fmt: skip
         states.append(dict(model.network.state_dict()))

@@ -21,8 +21,9 @@ claim = Claim(
     methods=("merge/lines", "merge/task-arithmetic"),
     tasks=("digits", "scenes"),
     models=("vit",),
-    departs="A vision transformer of 0.3 M parameters in six blocks; five small tasks under frozen linear heads. The trade-off is (2 x target + others) / 3, the target as a share of the "
-    "fine-tune's accuracy and the others of the base's; it also chooses the strength, on other rows and with other tasks than those reported. Merging is told as `merged`.",
+    departs="A vision transformer of 0.3 M parameters in six blocks; five small tasks under frozen linear heads. The trade-off is (2 x target + others) / 3, "
+    "the target as a share of the fine-tune's accuracy and the others of the base's; it also chooses the "
+    "strength, on other rows and with other tasks than those reported. Merging is told as `merged`.",
 )
 
 

@@ -8,7 +8,6 @@ import subprocess
 import pytest
 
 from luthier.report.card import card
-from tests.report.test_card import run  # noqa: F401  # the fixture
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
@@ -22,7 +21,7 @@ PROBE = """<script>
 
 
 @pytest.mark.parametrize("width", [1280, 390])
-def test_the_card_in_a_browser(run, tmp_path, width):  # noqa: F811
+def test_the_card_in_a_browser(run, tmp_path, width):
     html = card(run)
     file = tmp_path / "card.html"
     file.write_text(html.replace("</body>", PROBE + "</body>"))

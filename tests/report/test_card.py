@@ -13,19 +13,9 @@ from luthier.cli import main
 from luthier.errors import UserError
 from luthier.report.card import as_values, card, write
 from luthier.report.reading import read
+from tests.report.conftest import RECIPE
 
 EVIL = "<img src=x onerror=alert(1)>"
-RECIPE = {
-    "model": "lab:lm-s", "data": {"train": "lab:traces?skills=sort&n=24&seed=3", "test": "lab:traces?skills=sort&n=1&seed=4&test=8", "general": "lab:traces?skills=copy&n=1&seed=5&test=6"},
-    "train": {"steps": 3, "batch": 4}, "select": {"method": "random", "budget": 12},
-}  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("card") / "run"
-    luthier.tune(RECIPE, run=folder)
-    return folder
 
 
 def headings(html):
