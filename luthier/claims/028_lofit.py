@@ -20,7 +20,7 @@ claim = Claim(
     models=("lm-m",),
     departs="200 questions that ask for a copy and are answered with successors, and the reverse, in place of truthfulness and multi-hop questions; 3 of 48 heads of 16 "
     "numbers on a model of 1.1 M parameters. The share of right digits is judged, as whole answers turn right all at once. Half of the 200 steps of 16 rows find heads; the "
-    "random heads, another draw for each of the two switches, train throughout.",
+    "random heads, another draw for each of the two switches, train throughout. Three heads were settled on with the method's own results on seed 100 in view.",
 )
 GRID = {"lr": (3e-2, 1e-1, 3e-1)}
 """Above the paper's 1e-2: 48 numbers have to move far in 100 steps."""
