@@ -50,7 +50,7 @@ def sweep(trial):
     train, held, test = pictures(trial)
     start, states = probed(train), []
     rng = np.random.default_rng([trial.seed, 62])
-    for number in range(12):
+    for number in range(6 if trial.quick else 12):
         model = trial.tune(
             start, train, steps=int(rng.choice([60, 90, 120])), lr=float(10 ** rng.uniform(-3.5, -2.5)), optimize={"weight_decay": float(rng.choice([0.0, 0.01, 0.1]))},
             objective={"method": "classify", "label_smoothing": float(rng.choice([0.0, 0.1]))}, train={**TRAIN, "seed": 100 * trial.seed + number},
