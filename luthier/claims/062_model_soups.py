@@ -2,6 +2,7 @@
 
 from luthier.claims import Claim
 from luthier.lab import make
+from luthier.lab.heads import headed, logits, right, shapes_left
 
 SHIFTS = {"turned": "rot30", "noisy": "noise", "blurred": "blur", "pale": "contrast"}
 TRAIN = {"tokens_per_micro_batch": 1 << 16}
@@ -28,27 +29,13 @@ def pictures(trial):
     return task.train[:400], task.train[400:], {"clean": task.test, **shifted}
 
 
-def probed(rows):
-    """The shipped model under a linear head, fitted to its features of these rows: where all models begin."""
-    import torch
-    from sklearn.linear_model import LogisticRegression
-
-    from luthier.core.models import load
-
-    model = load("lab:vit")
-    model.ensure_classes(10)
-    with model.evaluating():
-        found = LogisticRegression(max_iter=1000).fit(model.features(model.collate(rows)).numpy(), [row["label"] for row in rows])
-    model.classifier.weight.data, model.classifier.bias.data = torch.tensor(found.coef_).float(), torch.tensor(found.intercept_).float()
-    return model
-
 
 def sweep(trial):
     """The start, twelve fine-tunes of it as state dicts, and how each does on validation."""
     import numpy as np
 
     train, held, test = pictures(trial)
-    start, states = probed(train), []
+    start, states = headed(train), []
     rng = np.random.default_rng([trial.seed, 62])
     for number in range(6 if trial.quick else 12):
         model = trial.tune(
@@ -60,26 +47,7 @@ def sweep(trial):
     return start, states, batches, [right(logits(start, state, batches["validation"]), batches["validation"]) for state in states]
 
 
-def logits(model, state, batch):
-    """What the model says at other weights."""
-    import torch
 
-    with torch.no_grad():
-        return torch.func.functional_call(model.network.eval(), dict(state), (), {"pixel_values": batch.tensors["image"]}).logits
-
-
-def right(said, batch):
-    return float((said.argmax(-1) == batch.tensors["labels"]).float().mean())
-
-
-def shapes(state):
-    """What is left of the shipped model's skill: shapes, named by its own head."""
-    from luthier.core.models import load
-
-    model = load("lab:vit")
-    body = {n: t for n, t in state.items() if not n.startswith("classifier.")}
-    batch = model.collate(make("scenes", kind="label", label="shape", n=1, test=200).test)
-    return right(logits(model, body, batch)[:, :6], batch)
 
 
 def judged(trial, mix):
@@ -90,7 +58,7 @@ def judged(trial, mix):
     values = {name: right(sum(logits(start, state, batch) for state in members), batch) for name, batch in batches.items()}
     trial.spend(passes=len(members))
     shifted = sum(values[name] for name in SHIFTS) / len(SHIFTS)
-    return {"accuracy": (values["clean"] + shifted) / 2, "shifted": shifted, **values, "general": sum(map(shapes, members)) / len(members)}
+    return {"accuracy": (values["clean"] + shifted) / 2, "shifted": shifted, **values, "general": sum(map(shapes_left, members)) / len(members)}
 
 
 def winner(states, scores):

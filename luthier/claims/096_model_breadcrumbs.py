@@ -2,6 +2,7 @@
 
 from luthier.claims import Claim
 from luthier.lab import make
+from luthier.lab.heads import accuracy, body, headed, shapes_left
 
 TASKS = {
     "digit": {}, "parity": {"label": "parity"}, "five or more": {"label": "ge5"}, "strokes": {"label": "super"}, "turned": {"domain": "rot90"},
@@ -28,37 +29,12 @@ claim = Claim(
 )
 
 
-def headed(rows):
-    """The shipped model under a linear head, fitted to its features of four pictures of every digit."""
-    import torch
-    from sklearn.linear_model import LogisticRegression
-
-    from luthier.core.models import load
-
-    few = [row for digit in range(10) for row in [r for r in rows if r["meta"]["digit"] == digit][:4]]
-    model, labels = load("lab:vit"), [row["label"] for row in few]
-    model.ensure_classes(max(labels) + 1)
-    with model.evaluating():
-        found = LogisticRegression(max_iter=1000).fit(model.features(model.collate(few)).numpy(), labels)
-    weight, bias = torch.tensor(found.coef_).float(), torch.tensor(found.intercept_).float()
-    if len(weight) == 1:  # two classes: scikit-learn gives the second's logit
-        weight, bias = torch.cat([-weight, weight]) / 2, torch.cat([-bias, bias]) / 2
-    model.classifier.weight.data, model.classifier.bias.data = weight, bias
-    return model
 
 
-def body(model):
-    """What is merged: everything below the head."""
-    return {n: t.detach() for n, t in model.network.state_dict().items() if not n.startswith("classifier.")}
 
-
-def accuracy(model, weights, batch):
-    """Under the model's own head, with other weights below it."""
-    import torch
-
-    with torch.no_grad():
-        logits = torch.func.functional_call(model.network.eval(), weights, (), {"pixel_values": batch.tensors["image"]}).logits
-    return float((logits.argmax(-1) == batch.tensors["labels"]).float().mean())
+def few(rows):
+    """Four pictures of every digit: what the head is fitted to."""
+    return [row for digit in range(10) for row in [r for r in rows if r["meta"]["digit"] == digit][:4]]
 
 
 def fine_tunes(trial):
@@ -68,21 +44,12 @@ def fine_tunes(trial):
     found = []
     for name in np.random.default_rng([trial.seed, 96]).permutation(list(TASKS)):
         task = make("digits", seed=trial.seed, rgb=True, **TASKS[name])
-        start = headed(task.train[:700])
+        start = headed(few(task.train[:700]))
         model = trial.tune(start, task.train[:700], steps=60, lr=3e-4, objective="classify", adapt={"method": "full", "freeze": ["classifier"]}, train=TRAIN)
         test = model.collate(task.test)
         found.append((model, accuracy(model, body(model), test), model.collate(task.train[700 : 700 + trial.scaled(200)]), test))
     return body(start), found
 
-
-def shapes():
-    """What the shipped model could do: its own head for shapes, and pictures of them."""
-    from luthier.core.models import load
-
-    model = load("lab:vit")
-    head = model.classifier
-    head.weight.data, head.bias.data = head.weight.data[:6], head.bias.data[:6]
-    return model, model.collate(make("scenes", kind="label", label="shape", n=1, test=200).test)
 
 
 def judged(trial, merge, options, tuned_on=2):
@@ -108,8 +75,7 @@ def judged(trial, merge, options, tuned_on=2):
     _, *chosen = max((found for option in options for found in validation(option)), key=lambda found: found[0])
     trial.notes["chosen"] = chosen
     trial.spend(**{"tasks tuned on": tuned_on})
-    model, pictures = shapes()
-    return {"normalised accuracy": normalised(8), "five tasks": normalised(5), "two tasks": normalised(2), "general": accuracy(model, merged(8, *chosen), pictures)}
+    return {"normalised accuracy": normalised(8), "five tasks": normalised(5), "two tasks": normalised(2), "general": shapes_left(merged(8, *chosen))}
 
 
 def cut(base, bodies, keep, remove):

@@ -2,6 +2,7 @@
 
 from luthier.claims import Claim
 from luthier.lab import make
+from luthier.lab.heads import accuracy, body, headed, shapes_left
 
 TASKS = {
     "digit": ("digits", {}), "scene's size": ("scenes", {"label": "size"}), "parity": ("digits", {"label": "parity"}),
@@ -27,38 +28,7 @@ claim = Claim(
 )
 
 
-def headed(rows):
-    """The shipped model under a linear head, fitted to its features of 100 rows."""
-    import torch
-    from sklearn.linear_model import LogisticRegression
 
-    from luthier.core.models import load
-
-    model, labels = load("lab:vit"), [row["label"] for row in rows]
-    model.ensure_classes(max(labels) + 1)
-    with model.evaluating():
-        found = LogisticRegression(max_iter=1000).fit(model.features(model.collate(rows[:100])).numpy(), labels[:100])
-    weight, bias = torch.tensor(found.coef_).float(), torch.tensor(found.intercept_).float()
-    if len(weight) == 1:  # two classes: scikit-learn gives the second's logit
-        weight, bias = torch.cat([-weight, weight]) / 2, torch.cat([-bias, bias]) / 2
-    head = model.classifier
-    head.weight.data.zero_(), head.bias.data.fill_(-9.0)  # a label that no row has, such as a count of none
-    head.weight.data[found.classes_], head.bias.data[found.classes_] = weight, bias
-    return model
-
-
-def body(model):
-    """Everything below the head."""
-    return {n: t.detach() for n, t in model.network.state_dict().items() if not n.startswith("classifier.")}
-
-
-def accuracy(model, weights, batch, classes=None):
-    """Under the model's own head, with other weights below it."""
-    import torch
-
-    with torch.no_grad():
-        logits = torch.func.functional_call(model.network.eval(), weights, (), {"pixel_values": batch.tensors["image"]}).logits
-    return float((logits[:, :classes].argmax(-1) == batch.tensors["labels"]).float().mean())
 
 
 def fine_tunes(trial):
@@ -66,7 +36,7 @@ def fine_tunes(trial):
     found = []
     for kind, knobs in TASKS.values():
         task = make(kind, seed=trial.seed, **({"rgb": True} if kind == "digits" else {"kind": "label", "n": 1000, "test": 400}), **knobs)
-        start = headed(task.train[:700])
+        start = headed(task.train[:100])
         model = trial.tune(start, task.train[:700], steps=60, lr=1e-3, objective="classify", adapt={"method": "full", "freeze": ["classifier"]}, train=TRAIN)
         parts = [model.collate(task.train[700 : 700 + trial.scaled(150)]), model.collate(task.test)]
         found.append((model, parts, [accuracy(model, body(start), part) for part in parts], [accuracy(model, body(model), part) for part in parts]))
@@ -75,7 +45,6 @@ def fine_tunes(trial):
 
 def judged(trial, alone, together):
     """`alone` and `together` turn a strength of the grid into the shallow end's factor and what the deep end's has above it."""
-    from luthier.core.models import load
     from luthier.merge.lines import Lines
 
     base, tasks = trial.once("fine-tunes", lambda: fine_tunes(trial))
@@ -102,11 +71,9 @@ def judged(trial, alone, together):
     strength = max(BETAS, key=lambda b: sum(share(t, scaled(bodies, together(b)), 0, True) for t in tasks))
     trial.notes.update(alone=chosen, together=strength)
     merged, pairs = scaled(bodies, together(strength)), [kept(i, weights, 1) for i, weights in enumerate(results)]
-    shipped = load("lab:vit")  # with its own head, whose first six classes are shapes
-    shapes = shipped.collate(make("scenes", kind="label", label="shape", n=1, test=200).test)
     return {
         "trade-off": sum(2 * t + o for t, o in pairs) / 15, "target": sum(t for t, _ in pairs) / 5, "others": sum(o for _, o in pairs) / 5,
-        "general": sum(accuracy(shipped, weights, shapes, 6) for weights in results) / 5, "merged": sum(share(t, merged, 1, True) for t in tasks) / 5,
+        "general": sum(map(shapes_left, results)) / 5, "merged": sum(share(t, merged, 1, True) for t in tasks) / 5,
     }  # fmt: skip
 
 
