@@ -13,7 +13,7 @@ from typing import Any
 
 from luthier import __version__
 from luthier._cli.text import say, say_json, table
-from luthier.errors import TrainingError, UserError
+from luthier.errors import Stopped, TrainingError, UserError
 
 Command = Callable[[argparse.Namespace], None]
 
@@ -28,6 +28,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             args.command(args)
         sys.stdout.flush()
     except UserError as error:
+        if _said_by_another(error):
+            return getattr(error, "exit_code", 2)
         again = getattr(args, "again", None) if isinstance(error, TrainingError) else None
         sys.stderr.write(f"{error}\n" + (f"resume with: {again}\n" if again else ""))
         return getattr(error, "exit_code", 2)
@@ -39,6 +41,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # The reader (head, less) has seen enough.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
+
+
+def _said_by_another(error: UserError) -> bool:
+    """Of several processes the first one tells what is wrong; another only what went wrong with itself."""
+    if os.environ.get("RANK", "0") == "0":
+        return False
+    from luthier.core.ranks import PeerFailed
+
+    return isinstance(error, (PeerFailed, Stopped)) or not isinstance(error, TrainingError)
 
 
 # -- what there is -------------------------------------------------------------------------------------------------------

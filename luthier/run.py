@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from luthier.core import checkpoint
+from luthier.core import checkpoint, ranks
 from luthier.core.context import Context, seed_of
 from luthier.core.journal import check_trackers
 from luthier.core.stage import Stage
@@ -70,10 +70,13 @@ def tune(recipe: Recipe | Mapping[str, Any] | str | Path, run: str | Path | None
     """Run a recipe. With `resume` an interrupted run continues to the very weights it would have reached.
 
     `report`: write the report card, report.html, also when the run fails or is stopped; the numbers are written in any case."""
+    ranks.start()
     recipe = _as_recipe(recipe)
     notices = check(recipe)
     check_trackers(recipe.train.tracker)
-    folder = _folder(recipe, run, resume)
+    with ranks.by_first() as mine:
+        folder = _folder(recipe, run, resume) if mine else Path()
+    folder, quiet = ranks.from_first(folder), quiet or not ranks.first()
     with checkpoint.disk_errors(folder, "run", (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)):
         if recipe.search:
             recipe = search(recipe, folder, functools.partial(tune, report=False), (lambda sentence: None) if quiet else print)
@@ -81,7 +84,8 @@ def tune(recipe: Recipe | Mapping[str, Any] | str | Path, run: str | Path | None
         try:
             return runner.go(resume, notices)
         except BaseException as error:
-            runner.ended(error)
+            if ranks.first():
+                runner.ended(error)
             raise
 
 
@@ -128,7 +132,9 @@ class _Runner:
 
     def go(self, resume: bool, notices: list[str]) -> Run:
         started = time.monotonic()
-        (self.folder / "ended.json").unlink(missing_ok=True)
+        with ranks.by_first() as mine:
+            if mine:
+                (self.folder / "ended.json").unlink(missing_ok=True)
         if self.recipe.train.threads:
             import torch
 
@@ -139,17 +145,22 @@ class _Runner:
         self.models["base"] = self._lazy(start)
         for notice in notices:
             self.say(notice)
-        self._preflight(start)
-        self._write_about(resume)
+        with ranks.by_first() as mine:
+            if mine:
+                self._preflight(start)
+                self._write_about(resume)
         self._measure("before", start, resume)
         last = start
         for number, (entry, anew) in enumerate(self._entries()):
             here = start if anew else last
             last = self._loop(number, entry, here, resume) if entry.loop else self._stage(entry.recipe, self._stage_folder(number, entry), here, resume)  # type: ignore[arg-type]  # only a loop has no recipe
-        if last != self.folder / "model":
-            self._adopt(Path(last))
+        with ranks.by_first() as mine:
+            if mine and last != self.folder / "model":
+                self._adopt(Path(last))
         self._measure("after", self.folder / "model", resume)
-        self._report(time.monotonic() - started)
+        with ranks.by_first() as mine:
+            if mine:
+                self._report(time.monotonic() - started)
         return self.run
 
     def _streams(self, recipe: Recipe) -> dict[str, Rows]:
@@ -215,7 +226,9 @@ class _Runner:
                     folder = folder / f"{place:02d}"
                 current = self._stage(recipe, folder, current, resume, turn)
             last = current
-            if entry.until and self._reached(entry.until, last):
+            with ranks.by_first() as mine:
+                reached = bool(mine and entry.until and self._reached(entry.until, last))
+            if ranks.from_first(reached):
                 break
         return Path(last)
 
@@ -249,11 +262,12 @@ class _Runner:
     def _measure(self, when: str, model: Any, resume: bool) -> None:
         path = self.folder / "measures.json"
         known = json.loads(path.read_text()) if resume and path.exists() else dict(self.run.measures)
-        if when not in known and self.recipe.measure:
-            self.say(f"Measuring the model {when} tuning ...")
-            known[when] = self._measured(model, when)
-            checkpoint.replace_text(path, json.dumps(known, indent=1))
-        self.run.measures = known
+        with ranks.by_first() as mine:
+            if mine and when not in known and self.recipe.measure:
+                self.say(f"Measuring the model {when} tuning ...")
+                known[when] = self._measured(model, when)
+                checkpoint.replace_text(path, json.dumps(known, indent=1))
+        self.run.measures = ranks.from_first(known)
 
     def _measured(self, model: Any, when: str = "after", rows: Rows | None = None) -> dict[str, Any]:
         """What the recipe's measures find, on the test rows or on those given in their place."""

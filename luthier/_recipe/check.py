@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -119,9 +118,10 @@ def _list(words: Any) -> str:
 
 
 def _parallel(choice: Choice, plugin: Any) -> None:
-    ranks = os.environ.get("WORLD_SIZE", "1")
-    if ranks not in ("", "0", "1") and choice.axis in TRAINING and not {"ddp", "fsdp"} & set(plugin.parallel):
-        raise _error(choice, f"{_title(choice)} runs in one process only, but {ranks} were started; run it without a launcher.")
+    from luthier.core import ranks
+
+    if ranks.launched() > 1 and choice.axis in TRAINING and not {"ddp", "fsdp"} & ranks.modes(plugin):
+        raise _error(choice, f"{_title(choice)} runs in one process only, but {ranks.launched()} were started; run it without a launcher.")
 
 
 # -- what methods need ---------------------------------------------------------------------------------------------------

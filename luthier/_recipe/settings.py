@@ -53,6 +53,9 @@ class Train:
     tracker: list[Literal["tensorboard", "wandb", "trackio"]] = field(default_factory=list)
     """Where metrics go besides metrics.jsonl."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Where the model is; auto: the first kind of accelerator that is there."""
+    parallel: Literal["auto", "ddp", "fsdp"] = "auto"
+    """Under torchrun or accelerate launch: whole weights in every process (ddp) or split over them (fsdp). auto: what accelerate's configuration asks for, else ddp."""
 
     def __post_init__(self) -> None:
         for name in ("batch", "tokens_per_micro_batch", "reuse", "keep", "log_every"):

@@ -179,7 +179,7 @@ class ImageClassifier(Classifies, Family):
         """[rows, d] the pooled state before the head."""
         if self.has_classes:
             return super().features(batch)
-        out = self.base_network.base_model(pixel_values=batch.tensors["image"].to(self.device, self.dtype))
+        out = self.enter(lambda: self.base_network.base_model(pixel_values=batch.tensors["image"].to(self.device, self.dtype)))
         pooled = getattr(out, "pooler_output", None)
         return out.last_hidden_state[:, 0] if pooled is None else pooled.flatten(1)
 
@@ -217,12 +217,12 @@ class DualEncoder(_Texts):
         branch = branch or self._branch_of(items)
         if branch == "image":
             given = _image_batch(lambda images: pixels(images, self.config, self.processor), items).tensors["image"]
-            return _vector(self.base_network.get_image_features(pixel_values=given.to(self.device, self.dtype)))
+            return self.enter(lambda: _vector(self.base_network.get_image_features(pixel_values=given.to(self.device, self.dtype))))
         sequences = self._sequences(items, branch)
         if not sequences:
             raise DataError(f"There is nothing to embed in the branch '{branch}'.")
         inputs = self.padded(sequences)
-        return _vector(self.base_network.get_text_features(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"]))
+        return self.enter(lambda: _vector(self.base_network.get_text_features(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])))
 
     def _branch_of(self, items: Any) -> str:
         if isinstance(items, Batch):

@@ -17,14 +17,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from luthier.core import guard
+from luthier.core import guard, ranks, sharding
 from luthier.core.closure import Closure
 from luthier.core.context import Clock, Context, seed_of
 from luthier.core.feed import Feed
 from luthier.core.hooks import checkpoint_contexts
 from luthier.core.journal import Journal
 from luthier.core.loss import Loss, of
-from luthier.core.plan import Outcome, Plan, rate
+from luthier.core.plan import Learned, Micro, Outcome, Plan, rate
 from luthier.core.plugin import Group, Parts, Plugin, Step, Turn, defines
 from luthier.core.resume import restore, stop_signals, write
 from luthier.core.rowscores import RowScores
@@ -46,8 +46,12 @@ class Engine:
         self.identity = {"threads": torch.get_num_threads(), **(identity or {})}
         self.groups: list[Group] = []
         self.parts: dict[str, Parts] = {}
+        self.mode = ranks.mode(getattr(train, "parallel", "auto"))
         self.tokens, self.seconds = 0, 0.0
+        self.asked: signal.Signals | None = None
+        """The signal that asked this process to stop."""
         self.stopping: signal.Signals | None = None
+        """The one that all processes have agreed to stop for."""
         self.ended: str | None = None
         """Why a plug-in ended the training before its last step."""
         self.saved = -1
@@ -55,6 +59,8 @@ class Engine:
         self.saved_at = time.monotonic()
         self.lead = {hook: self._only(hook) for hook in ("turn", "rollout", "pick", "batches")}
         self.feed = Feed(plan, train, ctx, self.lead["batches"], self.lead["pick"])
+        self.counts_rows = True
+        """Whether the rows before this process are its own; False where there were fewer rows than processes."""
 
     def _only(self, hook: str) -> Plugin | None:
         found = [p for p in self.plan.plugins if defines(p, hook)]
@@ -86,6 +92,7 @@ class Engine:
             if id(param) not in trained:
                 param.requires_grad_(False)
         self.sync_groups()
+        self._spread()
         if self.train.gradient_checkpointing:
             self.model.network.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False, "context_fn": checkpoint_contexts})
             if hasattr(self.model.network, "enable_input_require_grads"):
@@ -95,6 +102,15 @@ class Engine:
         self._hook_gradients()
         self._set_switch()
         self._plan_length()
+
+    def _spread(self) -> None:
+        """Make the processes of a run begin alike, and split the weights over them where that is asked for."""
+        if self.mode == "single":
+            return
+        ranks.refuse(self.mode, self.plan.plugins)
+        ranks.same_weights(p for g in self.groups for p in g.params.values())
+        if self.mode == "fsdp":
+            sharding.shard(self.model, self.groups)
 
     def _take(self, plugin: Plugin, parts: Parts) -> None:
         for group in parts.groups:
@@ -150,6 +166,8 @@ class Engine:
         torch.manual_seed(seed_of(self.train.seed, "engine"))
         np.random.seed(seed_of(self.train.seed, "engine") % 2**32)
         self.prepare()
+        if ranks.rank():
+            torch.manual_seed(seed_of(self.train.seed, "engine", ranks.rank()))  # another dropout for other rows
         if resume:
             restore(self)
         started, clock = time.monotonic(), self.ctx.clock
@@ -161,9 +179,8 @@ class Engine:
                     last = step
                 if not self.feed.pending and self.feed.epoch >= epoch_before:
                     self._each("after_epoch", last, self.ctx)
-                self.ended = next((r for p in self.plan.plugins if (r := p.stop(self.ctx))), None)
-                if not self.ended and not self.stopping:
-                    self._maybe_save()
+                if self._agree() and not self.ended and not self.stopping:
+                    self.save()
         self.seconds += time.monotonic() - started
         guard.weights(self)
         if self.folder is not None and self.train.save_every != 0 and self.saved != clock.step:
@@ -173,30 +190,48 @@ class Engine:
         trained = sum(p.numel() for g in self.groups for p in g.params.values())
         return Outcome(clock.step, self.seconds, self.tokens, self.ended or "all steps done", last.losses, self._peak(), trained)
 
+    def _agree(self) -> bool:
+        """What all processes do next: stop, end, or (True) write a checkpoint. Clocks and signals differ between them."""
+        ended = next((r for p in self.plan.plugins if (r := p.stop(self.ctx))), None)
+        asked, endings, due = zip(*ranks.gather((self.asked, ended, self._save_is_due())))
+        self.stopping, self.ended = (next(filter(None, found), None) for found in (asked, endings))
+        return bool(due[0])
+
     def _draw_and_step(self) -> Iterator[Step]:
         """Draw rows once and take one optimiser step on them, or `reuse` steps on one set of rollouts."""
         self.model.train()
         turn = self.lead["turn"].turn(self.ctx) if self.lead["turn"] else Turn()
         rows, ids = self.feed.next(turn)
+        if self.lead["pick"] is None:
+            mine = self._share(len(rows))
+            rows, ids = [rows[i] for i in mine], ids[mine]
         batches = self.feed.collate(rows, ids)
         for key, (objectives, batch) in batches.items():
             lead: Any = self.lead["rollout"]  # an objective: it has `collate`
             if lead is not None and key is type(lead).collate:
                 with self.model.evaluating():
                     batch = lead.rollout(batch, self.ctx)
-            batches[key] = (objectives, self._pick(batch))
+            batches[key] = (objectives, batch if self.lead["pick"] is None else self._pick(batch))
         for _ in range(max(1, self.train.reuse) if self.lead["rollout"] else 1):
             yield self._step(turn, rows, batches)
             if self.ctx.clock.step >= self.ctx.clock.steps:
                 break
 
     def _pick(self, batch: Batch) -> Batch:
-        lead = self.lead["pick"]
-        if lead is None or self.ctx.clock.step < getattr(lead, "start", 0):
-            return batch if lead is None else batch.take(range(min(len(batch), self.train.batch)))
-        with self.model.evaluating():
-            weights = lead.pick(batch, RowScores(self.model, batch), self.ctx)
-        return batch.with_weights(weights)
+        """The rows that an online selector keeps; all processes look at all of the batch, then take their shares."""
+        lead: Any = self.lead["pick"]
+        if self.ctx.clock.step < getattr(lead, "start", 0):
+            batch = batch.take(range(min(len(batch), self.train.batch)))
+        else:
+            with self.model.evaluating():
+                batch = batch.with_weights(lead.pick(batch, RowScores(self.model, batch), self.ctx))
+        return batch if ranks.size() == 1 else batch.take(self._share(len(batch)))
+
+    def _share(self, n: int) -> list[int]:
+        """This process's rows of `n`. One that gets none joins the others' passes with a row that does not count."""
+        mine = list(ranks.share(n))
+        self.counts_rows = bool(mine)
+        return mine or list(range(min(n, 1)))
 
     def _step(self, turn: Turn, rows: list[Any], batches: dict[Any, tuple[list[tuple[Any, float]], Batch]]) -> Step:
         clock, began = self.ctx.clock, time.monotonic()
@@ -205,21 +240,19 @@ class Engine:
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group.get("lr_scale", 1.0)
         micro = self._micro_batches(batches)
-        step.micro_batches = [b for _, b, _ in micro]
+        step.micro_batches = [m.batch for m in micro]
         self._each("before_step", step, self.ctx)
         self.sync_groups()
-        counts = self._counts(micro)
-        self._descend(step, micro, counts)
+        learned = self._learned(micro)
+        self._descend(step, micro, learned)
         self._each("after_step", step, self.ctx)
         clock.step += 1
-        clock.samples += sum(len(b) for b in step.micro_batches)
-        fresh = sum(len(s) for b in step.micro_batches for s in b.sequences)
-        self.tokens += fresh
-        self._record(step, fresh, time.monotonic() - began)
+        clock.samples += learned.rows
+        self.tokens += learned.tokens
+        self._record(step, learned, time.monotonic() - began)
         return step
 
-    def _micro_batches(self, batches: dict[Any, tuple[list[tuple[Any, float]], Batch]], prepare: bool = True) -> list[tuple[list[tuple[Any, float]], Batch, int]]:
-        """(objectives, micro-batch, which batch it is part of)."""
+    def _micro_batches(self, batches: dict[Any, tuple[list[tuple[Any, float]], Batch]], prepare: bool = True) -> list[Micro]:
         made = []
         for number, (key, (objectives, batch)) in enumerate(batches.items()):
             if not objectives or not len(batch):
@@ -229,32 +262,34 @@ class Engine:
                     batch = plugin.prepare(batch, self.ctx)
             whole = any(o.whole_batch for o, _ in objectives)
             tokens = None if whole else self.train.tokens_per_micro_batch
-            made += [(objectives, part, number) for part in batch.split(tokens, objectives[0][0].together)]
+            made += [Micro(objectives, part, number) for part in batch.split(tokens, objectives[0][0].together)]
         return made
 
-    def _counts(self, micro: list[Any]) -> list[dict[str, float]]:
-        """Denominators for each micro-batch: those of the whole effective batch it is part of, summed over ranks."""
-        totals: dict[int, dict[str, float]] = {}
-        for objectives, batch, number in micro:
-            mine = totals.setdefault(number, {})
-            own = [o.counts(batch) for o, _ in objectives]
-            for part in (batch.counts(), *own):
-                for name, value in part.items():
-                    mine[name] = mine.get(name, 0.0) + float(value)
-        if self.accelerator.num_processes > 1:
-            for mine in totals.values():
-                for name, value in mine.items():
-                    mine[name] = float(self.accelerator.reduce(torch.tensor(value, device=self.model.device), "sum"))
-        return [{**totals[n], "batch": totals[n]["row"] / max(b.counts()["row"], 1e-12)} for _, b, n in micro]
+    def _learned(self, micro: list[Micro]) -> Learned:
+        """What all processes together learn from in this step."""
+        own = Learned(len(micro))
+        for objectives, batch, number in micro if self.counts_rows else []:
+            own.add(number, (batch.counts(), *(o.counts(batch) for o, _ in objectives)))
+            own.rows += len(batch)
+            own.tokens += sum(len(s) for s in batch.sequences)
+        return Learned.together(ranks.gather(own))
 
-    def _descend(self, step: Step, micro: list[Any], counts: list[dict[str, float]]) -> None:
+    def _descend(self, step: Step, micro: list[Micro], learned: Learned) -> None:
+        counts = [learned.counts(m) for m in micro]
+        # Sharded layers are gathered by all processes together, so all pass through them equally often.
+        idle = learned.passes - len(micro) if self.mode == "fsdp" else 0
+
         def passes(grad: bool = True) -> dict[str, float]:
             losses: dict[str, float] = {}
-            for (objectives, batch, _), count in zip(micro, counts):
-                self._one_pass(objectives, batch, count, losses, grad)
-            return losses
+            for m, count in zip(micro, counts):
+                self._one_pass(m, count, losses if self.counts_rows else {}, grad, self.counts_rows)
+            for _ in range(idle):
+                self._one_pass(micro[0], counts[0], {}, grad, False)
+            if grad:
+                ranks.sum_gradients([p for g in self.groups if g.active for p in g.params.values() if not sharding.is_sharded(p)])
+            return ranks.summed(losses)
 
-        if not micro:
+        if not learned.passes:
             step.skip = True
             return
         if self.plan.optimizer.two_pass:
@@ -270,16 +305,18 @@ class Engine:
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
-    def _one_pass(self, objectives: list[tuple[Any, float]], batch: Batch, count: dict[str, float], losses: dict[str, float], grad: bool) -> None:
-        """Forward and, with `grad`, backward of one micro-batch; each yielded loss before the next is computed."""
-        for loss in self._losses(objectives, batch):
+    def _one_pass(self, micro: Micro, count: dict[str, float], losses: dict[str, float], grad: bool, counts: bool = True) -> None:
+        """Forward and, with `grad`, backward of one micro-batch; each yielded loss before the next is computed.
+
+        One that does not count goes through the layers and leaves no gradient."""
+        for loss in self._losses(micro.objectives, micro.batch):
             value = loss.value(count)
             for name, term in loss.terms.items():
                 shown = term.total if term.report is None else term.report
                 divisor = count.get(name, count.get(term.per, 1.0) if term.count is None else term.count)
                 losses[name] = losses.get(name, 0.0) + float(shown.detach()) / (divisor or 1.0)
             if grad and value.requires_grad:
-                self.accelerator.backward(value)
+                self.accelerator.backward(value if counts else value * 0.0)
             losses["loss"] = losses.get("loss", 0.0) + float(value.detach())
 
     def _losses(self, objectives: list[tuple[Any, float]], batch: Batch) -> Iterator[Loss]:
@@ -300,19 +337,15 @@ class Engine:
             yield total
 
     def _finish_gradient(self, step: Step) -> Callable[[], bool]:
-        """Sum over ranks, let the plug-ins read and edit, clip. Returned as a function: a two-pass optimizer calls it at its end."""
+        """Let the plug-ins read and edit the gradient, clip it. Returned as a function: a two-pass optimizer calls it at its end."""
         scaler = self.accelerator.scaler
 
         def finish() -> bool:
             if scaler is not None:
                 scaler.unscale_(self.optimizer)
-            params = [p for g in self.groups for p in g.params.values() if p.grad is not None]
-            if self.accelerator.num_processes > 1:
-                for p in params:
-                    torch.distributed.all_reduce(p.grad)
             self._each("after_backward", step, self.ctx)
-            params = [p for p in params if p.grad is not None]
-            norm = torch.nn.utils.get_total_norm([p.grad for p in params if p.grad is not None]) if params else torch.zeros(())
+            params = [p for g in self.groups for p in g.params.values() if p.grad is not None]
+            norm = sharding.gradient_norm([p.grad for p in params if p.grad is not None])
             step.grad_norm = float(norm)
             if scaler is not None:
                 step.skip |= not math.isfinite(step.grad_norm)  # half precision overflowed: a smaller scale, and the next step
@@ -320,7 +353,7 @@ class Engine:
             if not step.skip and not math.isfinite(step.grad_norm):
                 raise guard.broken(self, "The gradient is not a number", step)
             if self.train.clip:
-                torch.nn.utils.clip_grads_with_norm_(params, self.train.clip, norm)
+                sharding.clip(params, self.train.clip, norm)
             return not step.skip
 
         return finish
@@ -330,9 +363,9 @@ class Engine:
             getattr(plugin, hook)(*args)
 
     # records and checkpoints --------------------------------------------------------------------------------------------
-    def _record(self, step: Step, tokens: int, seconds: float) -> None:
+    def _record(self, step: Step, learned: Learned, seconds: float) -> None:
         line = {"step": self.ctx.clock.step, "epoch": self.feed.epoch, **step.losses, "grad_norm": step.grad_norm, "lr": step.lr,
-                "rows": sum(len(b) for b in step.micro_batches), "tokens_per_second": tokens / max(seconds, 1e-9), **self.ctx.logged}  # fmt: skip
+                "rows": learned.rows, "tokens_per_second": learned.tokens / max(seconds, 1e-9), **self.ctx.logged}  # fmt: skip
         for measure in self.plan.measures:
             if measure.every and self.ctx.clock.step % measure.every == 0:
                 with self.folded(), self.model.evaluating():
@@ -350,9 +383,11 @@ class Engine:
             for start in range(0, len(rows), self.train.batch):
                 part = [rows[i] for i in range(start, min(len(rows), start + self.train.batch))]
                 losses: dict[str, float] = {}
-                micro = self._micro_batches(self.feed.collate(part, np.arange(len(part))), prepare=False)
-                for (objectives, batch, _), count in zip(micro, self._counts(micro)):
-                    self._one_pass(objectives, batch, count, losses, grad=False)
+                micro, whole = self._micro_batches(self.feed.collate(part, np.arange(len(part))), prepare=False), Learned()
+                for objectives, batch, n in micro:
+                    whole.add(n, (batch.counts(), *(o.counts(batch) for o, _ in objectives)))
+                for m in micro:
+                    self._one_pass(m, whole.counts(m), losses, grad=False)
                 total, number = total + losses.get("loss", 0.0) * len(part), number + len(part)
         return total / max(1, number)
 
@@ -366,11 +401,10 @@ class Engine:
                 stack.enter_context(plugin.folded(self.model))
             yield self.model
 
-    def _maybe_save(self) -> None:
+    def _save_is_due(self) -> bool:
         every = self.train.save_every
         due = self.ctx.clock.step % every == 0 if every else time.monotonic() - self.saved_at > 60
-        if self.folder is not None and every != 0 and due:
-            self.save()
+        return self.folder is not None and every != 0 and due
 
     def save(self) -> Path:
         """A checkpoint of everything that the rest of the run depends on."""

@@ -7,11 +7,11 @@ A family wraps a network (a transformers model, maybe inside a peft one) and its
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch
@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from luthier.core.batch import Batch, Sequence, TokenForest
 from luthier.core.scores import TokenScores
 from luthier.errors import ModelError
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -144,6 +146,11 @@ class Family:
             for module, mode in modes:
                 module.training = mode
 
+    def enter(self, forward: Callable[[], T]) -> T:
+        """Run a pass that starts below the network's own forward, where sharded weights would not be gathered of themselves."""
+        way = getattr(self.network, "enter", None)
+        return forward() if way is None else way(forward)
+
     def dropout_active(self) -> bool:
         return any(m.training and m.p > 0 for m in self.network.modules() if isinstance(m, nn.Dropout))
 
@@ -218,7 +225,7 @@ class CausalLM(Family):
         inputs: dict[str, Any] = {"input_ids": ids, "use_cache": False}
         if not forest.is_flat:
             inputs |= {"position_ids": forest.positions.to(self.device), "attention_mask": self._masks(forest)}
-        return self.decoder(**inputs).last_hidden_state
+        return self.enter(lambda: self.decoder(**inputs).last_hidden_state)
 
     def _masks(self, forest: TokenForest) -> Any:
         """Additive masks, one a layer type where the architecture mixes them."""

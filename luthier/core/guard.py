@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from luthier.core import checkpoint
+from luthier.core import checkpoint, ranks, sharding
 from luthier.errors import Stopped, TrainingError
 
 if TYPE_CHECKING:
@@ -35,13 +35,13 @@ def broken(engine: Engine, what: str, step: Step, which: str = "") -> TrainingEr
 
 def weights(engine: Engine) -> None:
     """Refuse to write a checkpoint or a model of weights that overflowed."""
-    for group in engine.groups:
-        for name, param in group.params.items():
-            if not bool(torch.isfinite(param).all()):
-                raise TrainingError(
-                    f"After step {engine.ctx.clock.step} the weights are no longer finite numbers (the first is '{name}'). {_good_checkpoint(engine)} "
-                    f"Lower optimize.lr (now {engine.base_lr:.2g}) or set train.clip, then run again with --resume."
-                )
+    bad = (name for group in engine.groups for name, param in group.params.items() if not bool(torch.isfinite(sharding.local(param)).all()))
+    name = next(filter(None, ranks.gather(next(bad, None))), None)
+    if name is not None:
+        raise TrainingError(
+            f"After step {engine.ctx.clock.step} the weights are no longer finite numbers (the first is '{name}'). {_good_checkpoint(engine)} "
+            f"Lower optimize.lr (now {engine.base_lr:.2g}) or set train.clip, then run again with --resume."
+        )
 
 
 def stopped(engine: Engine) -> Stopped:
@@ -55,5 +55,8 @@ def stopped(engine: Engine) -> Stopped:
 
 
 def _good_checkpoint(engine: Engine) -> str:
-    kept = checkpoint.before(engine.folder / "checkpoints", engine.ctx.clock.step) if engine.folder else None
+    kept = None
+    if engine.folder:
+        with ranks.by_first() as mine:
+            kept = checkpoint.before(engine.folder / "checkpoints", engine.ctx.clock.step) if mine else checkpoint.latest(engine.folder / "checkpoints")
     return f"The last good checkpoint is {kept.name}." if kept else "There is no good checkpoint yet."

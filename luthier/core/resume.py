@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from luthier.core import checkpoint
+from luthier.core import checkpoint, ranks, sharding
 from luthier.errors import TrainingError
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def write(engine: Engine) -> Path:
         "plugins": [p.state_dict() for p in engine.plan.plugins],
         "active": [g.active for g in engine.groups],
         "context": engine.ctx.state_dict(),
-        "rng": checkpoint.rng_state(),
+        "rng": ranks.gather(checkpoint.rng_state()),
         "pending": engine.feed.pending,
         "epoch": engine.feed.epoch,
         "ended": engine.ended,
@@ -54,30 +54,34 @@ def write(engine: Engine) -> Path:
 
 
 def restore(engine: Engine) -> None:
-    """Continue from the newest checkpoint, if there is one. Changed rows or another number of threads are refused."""
+    """Continue from the newest checkpoint, if there is one. Changed rows or another number of threads are refused; another number of
+    processes is told, since it changes the order of sums and what dropout draws."""
     newest = checkpoint.latest(engine.folder / "checkpoints") if engine.folder else None
     if newest is None:
         engine.journal.cut(0)
         return
     state = checkpoint.load(newest)
+    spread = len(state["rng"])
+    if spread != ranks.size():
+        engine.ctx.notice(f"The checkpoint was written by {_processes(spread)} and is continued by {_processes(ranks.size())}: the same run, but not bit for bit.")
     for key, now in identity(engine).items():
         then = state["identity"].get(key)
-        if then != now:
+        if then != now and not (key == "threads" and spread != ranks.size()):
             raise _changed(f"{key} was {then} and is {now}")
     for plugin, saved in zip(engine.plan.plugins, state["plugins"]):
-        plugin.load_state_dict(saved)
+        plugin.load_state_dict(checkpoint.assembled(saved))
     tensors = dict(trained_tensors(engine))
-    other = {n for n in {*tensors, *state["weights"]} if n not in tensors or n not in state["weights"] or tensors[n].shape != state["weights"][n].shape}
+    other = {n for n in {*tensors, *state["weights"]} if n not in tensors or n not in state["weights"] or not _fits(state["weights"][n], tensors[n])}
     if other:
         raise _changed(f"other weights are trained than when it began, e.g. '{min(other)}', so a method's options have changed")
     with torch.no_grad():
         for name, tensor in tensors.items():
-            tensor.copy_(state["weights"][name])
+            sharding.local(tensor).copy_(sharding.local(sharding.like(state["weights"][name], tensor.data)))
     for group, active in zip(engine.groups, state["active"]):
         group.active = active
     engine.sync_groups()
     try:
-        engine.optimizer.load_state_dict(state["optimizer"])
+        engine.optimizer.load_state_dict(_placed(engine.optimizer, state["optimizer"]))
     except ValueError as error:
         raise _changed(f"the optimizer's state does not fit ({error})") from error
     engine.ctx.load_state_dict(state["context"])
@@ -85,7 +89,28 @@ def restore(engine: Engine) -> None:
     engine.saved = engine.ctx.clock.step
     engine.tokens, engine.seconds = state["tokens"], state["seconds"]
     engine.journal.cut(state["journal"])
-    checkpoint.set_rng_state(state["rng"])
+    if spread == ranks.size():
+        checkpoint.set_rng_state(state["rng"][ranks.rank()])
+
+
+def _fits(saved: Any, tensor: torch.Tensor) -> bool:
+    return isinstance(saved, checkpoint.Shards) or saved.shape == tensor.shape
+
+
+def _placed(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+    """An optimizer's saved state, split as its parameters are."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    numbers = [i for group in state["param_groups"] for i in group["params"]]
+    for number, param in zip(numbers, params):
+        mine = state["state"].get(number, {})
+        state["state"][number] = {k: sharding.like(v, param.data) if isinstance(v, (torch.Tensor, checkpoint.Shards)) else v for k, v in mine.items()}
+        if not mine:
+            del state["state"][number]
+    return state
+
+
+def _processes(n: int) -> str:
+    return "one process" if n == 1 else f"{n} processes"
 
 
 def _changed(what: str) -> TrainingError:
@@ -97,9 +122,9 @@ def stop_signals(engine: Engine) -> Iterator[None]:
     """SIGTERM and Ctrl-C let the step finish; the loop then writes a checkpoint and stops. A second one stops at once."""
 
     def ask(number: int, _frame: Any) -> None:
-        if engine.stopping is not None:
+        if engine.asked is not None:
             raise KeyboardInterrupt
-        engine.stopping = signal.Signals(number)
+        engine.asked = signal.Signals(number)
 
     try:
         old = {s: signal.signal(s, ask) for s in (signal.SIGINT, signal.SIGTERM)}

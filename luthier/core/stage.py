@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from luthier.core import checkpoint
+from luthier.core import checkpoint, ranks, sharding
 from luthier.core.context import Context
 from luthier.core.engine import Engine, Outcome, Plan
 from luthier.core.journal import Journal
@@ -66,12 +66,20 @@ class Stage:
         for notice in getattr(family, "notices", []):
             self._say(notice)
         ctx = self._context(family)
-        rows = self._rows(ctx, resume)
+        with ranks.by_first() as mine:
+            rows = self._rows(ctx, resume) if mine else None
+        rows = self._rows(ctx, True) if rows is None else rows
         plan = self.plan(family, rows)
         outcome = self._train(plan, ctx, resume)
-        self._finish(plan, ctx, target)
-        self.facts["outcome"] = dict(vars(outcome))
-        self._save_end(ctx)
+        if self.engine.mode == "fsdp":
+            sharding.unshard(family, self.engine.groups)
+        with ranks.by_first() as mine:
+            if mine:
+                self._finish(plan, ctx, target)
+                self.facts["outcome"] = dict(vars(outcome))
+                self._save_end(ctx)
+        if not ranks.first():
+            self._load_end()
         return target
 
     def _context(self, family: Family) -> Context:
@@ -234,7 +242,8 @@ class Stage:
 
     def _train(self, plan: Plan, ctx: Context, resume: bool) -> Outcome:
         recipe = self.recipe
-        journal = Journal(self.folder / "metrics.jsonl", self.show, tuple(recipe.train.tracker), {"recipe": recipe.name or ""})
+        where, trackers = (self.folder / "metrics.jsonl", tuple(recipe.train.tracker)) if ranks.first() else (None, ())
+        journal = Journal(where, self.show, trackers, {"recipe": recipe.name or ""})
         identity = {"the training rows' fingerprint": plan.rows.fingerprint}
         engine = Engine(plan, recipe.train, ctx, self.folder, journal, identity)
         if not resume:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from luthier.core import checkpoint
+from luthier.core import checkpoint, ranks
 from luthier.core.context import Context, seed_of
 from luthier.errors import RecipeError, UserError
 
@@ -26,7 +26,7 @@ def search(recipe: Recipe, folder: Path, tune: Callable[..., Any], tell: Callabl
     if not scored_on:
         tell("There are no validation rows, so trials are compared on the test rows; add `data: {val: FILE}` for an honest result.")
     for name in ("search.yaml", "recipe.yaml"):
-        if not (folder / name).exists():
+        if ranks.first() and not (folder / name).exists():
             checkpoint.replace_text(folder / name, recipe.to_yaml())
 
     def trial(point: Mapping[str, Any]) -> dict[str, float]:
@@ -39,9 +39,11 @@ def search(recipe: Recipe, folder: Path, tune: Callable[..., Any], tell: Callabl
     found = recipe.search[0].build().search(recipe.space, trial, Context(None, recipe.train.seed, folder=folder))
     if not found:
         raise UserError("The search found nothing worth running.")
-    checkpoint.replace_text(folder / "search.json", json.dumps(found, indent=1, default=lambda v: v.tolist() if hasattr(v, "tolist") else str(v)))
+    kept = json.dumps(found, indent=1, default=lambda v: v.tolist() if hasattr(v, "tolist") else str(v))
     point = {k: v for k, v in found[0].items() if k in recipe.space}
     tell(f"The search chose {point}.")
     chosen = recipe.without("search", "space").with_values(point)
-    checkpoint.replace_text(folder / "recipe.yaml", chosen.to_yaml())
+    if ranks.first():
+        checkpoint.replace_text(folder / "search.json", kept)
+        checkpoint.replace_text(folder / "recipe.yaml", chosen.to_yaml())
     return chosen

@@ -16,16 +16,17 @@ from luthier.lab.tokenizer import SIZE
 from luthier.lab.training import Batch, Plan, State, text_batches, train
 from luthier.lab.words import SENTINELS, SPECIALS, TOPICS
 
-MASK, MASKED_SHARE, LONGEST = 3, 0.15, 96
+MASK, LONGEST = 3, 96
+CHOSEN, HIDDEN, RANDOM = 0.2, 0.6, 0.1
 RESERVED = len(SPECIALS) + len(SENTINELS)
 LANGUAGES = (1, 2, 3, 4)
 LANGUAGE_SHARES = np.array([100, 30, 30, 3]) / 163
 
 
 def grammar_line(rng: np.random.Generator) -> str:
-    """One to three sentences of a topic in one language."""
+    """One to four sentences of a topic in one language."""
     language, topic = int(rng.choice(LANGUAGES, p=LANGUAGE_SHARES)), pick(rng, list(TOPICS))
-    return " ".join(grammar.draw_sentence(rng, topic).write(language) for _ in range(int(rng.integers(1, 4))))
+    return " ".join(grammar.draw_sentence(rng, topic).write(language) for _ in range(int(rng.integers(1, 5))))
 
 
 def topic_line(rng: np.random.Generator) -> str:
@@ -51,12 +52,15 @@ def lines(rng: np.random.Generator, n: int) -> list[str]:
 
 
 def masked(ids: torch.Tensor, maskable: torch.Tensor, rng: np.random.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-    """BERT's masking: 15 % of the places, of them 80 % <mask>, 10 % a random word, 10 % unchanged."""
+    """BERT's masking with more words left as they are: 20 % of the places, of them 60 % <mask>, 10 % a random word, 30 % unchanged.
+
+    So small a model gives up what a word is on its way to the last layer unless it is asked for it often: with BERT's own shares a
+    linear probe of the topic fell from 96 % at the embeddings to 15 % at the end."""
     point = torch.from_numpy(rng.random(ids.shape, dtype=np.float32))
-    chosen = (point < MASKED_SHARE) & maskable
+    chosen = (point < CHOSEN) & maskable
     inputs = ids.clone()
-    inputs[chosen & (point < 0.8 * MASKED_SHARE)] = MASK
-    random = chosen & (point >= 0.9 * MASKED_SHARE)
+    inputs[chosen & (point < HIDDEN * CHOSEN)] = MASK
+    random = chosen & (point >= (1 - RANDOM) * CHOSEN)
     inputs[random] = torch.from_numpy(rng.integers(RESERVED, SIZE, ids.shape))[random]
     return inputs, chosen
 
@@ -78,7 +82,8 @@ def run(name: str, model: torch.nn.Module, plan: Plan, seed: int) -> State:
 
     def watch(state: State, progress: float) -> None:
         if state.chunk % 3 == 0:
-            print(f"{name}: masked word {masked_words(model, 200):.3f} of Bayes", flush=True)
+            print(f"{name}: masked word {masked_words(model, 200):.3f} of Bayes, topic {topic_probe(model):.3f}", flush=True)
+            model.train()
 
     return train(name, model, chunk, mlm_loss, plan, watch)
 

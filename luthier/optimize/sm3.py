@@ -50,6 +50,8 @@ class SM3(Optimizer):
     weight_decay: float = 0.0
     """Decoupled weight decay of matrices."""
 
+    parallel = frozenset({"single", "ddp"})
+
     def __post_init__(self) -> None:
         refuse(not self.lr > 0, "lr", self.lr, "above 0")
         refuse(not 0 <= self.momentum < 1, "momentum", self.momentum, "in [0, 1)")
