@@ -54,13 +54,15 @@ class Train:
     """Where metrics go besides metrics.jsonl."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """Where the model is; auto: the first kind of accelerator that is there."""
+    ray: int | None = None
+    """Workers of a Ray cluster (at RAY_ADDRESS, else on this machine) that compute embeddings, losses and gradients of rows; null: none."""
     parallel: Literal["auto", "ddp", "fsdp"] = "auto"
     """Under torchrun or accelerate launch: whole weights in every process (ddp) or split over them (fsdp). auto: what accelerate's configuration asks for, else ddp."""
 
     def __post_init__(self) -> None:
         for name in ("batch", "tokens_per_micro_batch", "reuse", "keep", "log_every"):
             _at_least(name, getattr(self, name), 1)
-        for name in ("steps", "eval_every", "threads"):
+        for name in ("steps", "eval_every", "threads", "ray"):
             _at_least(name, getattr(self, name), 1)
         for name in ("seed", "warmup", "save_every"):
             _at_least(name, getattr(self, name), 0)

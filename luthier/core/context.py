@@ -80,6 +80,8 @@ class Context:
     """Which turn of a loop this is."""
     train_on: str = "completion"
     batch_size: int = 16
+    workers: int = 0
+    """Workers of a Ray cluster that compute signals of rows; 0: this process does."""
     logged: dict[str, float] = field(default_factory=dict)
     notices: list[str] = field(default_factory=list)
     switch: Callable[[], Any] | None = None

@@ -72,11 +72,13 @@ class Engine:
     def prepare(self) -> None:
         """Attach the plug-ins, freeze what no group names, build the optimizer, plan the length."""
         from accelerate import Accelerator
+        from accelerate.state import AcceleratorState
 
         precision = {"fp32": "no", "auto": "no"}.get(self.train.precision, self.train.precision)
         cpu = self.model.device.type == "cpu"
         if self.train.precision == "auto" and not cpu:
             precision = "bf16"
+        AcceleratorState._reset_state()  # an earlier run in this Python process may have had another precision
         self.accelerator = Accelerator(cpu=cpu, mixed_precision=precision)
         self.ctx.current = self.model
         self.ctx.batch_size = self.train.batch

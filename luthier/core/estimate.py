@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,6 +22,10 @@ SHARE_OF_PEAK = 0.5
 and Python take the rest."""
 
 
+SHARDED = ("weights", "gradients", "optimizer")
+"""What every one of n processes may hold an n-th of; activations and logits are of its own rows."""
+
+
 @dataclass(frozen=True)
 class Estimate:
     """Rough, and said so: a factor of two either way is usual."""
@@ -35,13 +39,20 @@ class Estimate:
     parts: dict[str, int]
     """Bytes of weights, gradients, optimizer, activations and logits."""
     where: str = "cpu"
+    processes: int = 1
+
+    def over(self, processes: int, sharded: bool) -> Estimate:
+        """What each of several processes holds, and how long they take together: all share the rows, `sharded` ones the weights as well."""
+        parts = {name: -(-size // processes) if sharded and name in SHARDED else size for name, size in self.parts.items()}
+        return replace(self, memory_bytes=sum(parts.values()), seconds=self.seconds and self.seconds / processes, parts=parts, processes=processes)
 
     @property
     def sentences(self) -> list[str]:
         parts = ", ".join(f"{name} {_bytes(n)}" for name, n in self.parts.items())
-        said = [f"Memory: about {_bytes(self.memory_bytes)} ({parts})."]
+        each, where = ("", self.where) if self.processes == 1 else (f" in each of {self.processes} processes", f"{self.where}, all processes together,")
+        said = [f"Memory: about {_bytes(self.memory_bytes)}{each} ({parts})."]
         if self.seconds is not None:
-            said.append(f"Time: about {_duration(self.seconds)} on {self.where} for {self.steps} steps over {_count(self.tokens)} tokens.")
+            said.append(f"Time: about {_duration(self.seconds)} on {where} for {self.steps} steps over {_count(self.tokens)} tokens.")
         return said
 
 

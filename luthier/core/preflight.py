@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from luthier.core import ranks
 from luthier.core.batch import Sequence
 from luthier.core.dataset import Rows
 from luthier.core.encode import TooLong, answer_of, encode, fit_lengths, prompt_ids
@@ -285,6 +286,7 @@ def before_training(start: Any, rows: Any, recipe: Any) -> list[str]:
         family, found.rows, train.batch, steps, low_rank_size(family, rank) if rank else None, tokens_per_micro_batch=train.tokens_per_micro_batch,
         tokens_per_row=found.tokens * _computed_share(family, found.rows, train, data.train_on) or None, checkpointing=train.gradient_checkpointing,
     )  # fmt: skip
+    cost = cost.over(ranks.launched(), ranks.mode(train.parallel, ranks.launched()) == "fsdp")
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     return [*found.lines(colour, table=False), *running_text(found.table, colour), *cost.sentences]
 

@@ -66,9 +66,9 @@ def alone() -> Iterator[None]:
         _alone -= 1
 
 
-def mode(parallel: str) -> Mode:
-    """How this run is spread out. `auto` is FSDP where `accelerate launch` was asked for it, else DDP."""
-    if size() == 1:
+def mode(parallel: str, processes: int | None = None) -> Mode:
+    """How a run of so many processes (default: this one) is spread out. `auto` is FSDP where `accelerate launch` was asked for it, else DDP."""
+    if (processes or size()) == 1:
         return "single"
     if parallel == "auto":
         return "fsdp" if os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true") else "ddp"

@@ -40,7 +40,8 @@ def signal(name: str, rows: Any, ctx: Context, model: str = "stage", **options: 
     that train, else all), sketched to `project` numbers (None: as it is), `normalise`.
 
     `model`: a name as for `ctx.model`, or "current" for the weights as they are now. Kept below the run's folder, or below
-    LUTHIER_CACHE outside a run, under a hash of weights, template, rows and options."""
+    LUTHIER_CACHE outside a run, under a hash of weights, template, rows and options. With `train.ray` the rows are computed by workers
+    of a Ray cluster."""
     if name not in SIGNALS:
         raise RecipeError(f"There is no signal '{name}'.{nearest(name, SIGNALS)} There are: {', '.join(SIGNALS)}.")
     given = Rows.of(rows)
@@ -53,6 +54,10 @@ def signal(name: str, rows: Any, ctx: Context, model: str = "stage", **options: 
     options.pop("embedder", None)
     if not hasattr(family, "network"):
         return _written(_texts_embedded(family, given, **options), len(given), file)
+    if ctx.workers:
+        from luthier.core.cluster import spread
+
+        return _written(spread(name, family, given, ctx, options, ctx.workers), len(given), file)
     with family.evaluating(grad=name == "gradient"):
         return _written(SIGNALS[name](family, given, ctx, **options), len(given), file)
 

@@ -87,7 +87,7 @@ class Stage:
         models.setdefault("base", models["stage"])
         ctx = Context(
             family, self.seed, dict(self.streams), models, self.recipe.build_helpers(), self.folder, round=self.round,
-            train_on=self.recipe.data.train_on, batch_size=self.recipe.train.batch, tell=self._say, runner=self.runner,
+            train_on=self.recipe.data.train_on, batch_size=self.recipe.train.batch, workers=self.recipe.train.ray or 0, tell=self._say, runner=self.runner,
         )  # fmt: skip
         ctx.store.load_state_dict(self.store)
         ctx.evaluator = Evaluator(self, ctx)

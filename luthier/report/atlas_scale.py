@@ -1,7 +1,6 @@
 """What a large run takes, before anyone rents a machine: memory by counting tensors, time by counting operations.
 
-The counts of one process are those of `luthier.core.estimate`; here they are made for a model that is nowhere loaded, and divided as a
-trainer that shards would divide them.
+The counts are those of `luthier.core.estimate`, made for a model that is nowhere loaded.
 """
 
 from __future__ import annotations
@@ -18,8 +17,6 @@ if TYPE_CHECKING:
 
 SEVEN_B = {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
 """The shape of Llama-2-7B."""
-SHARDED = ("weights", "gradients", "optimizer")
-"""What every one of n processes holds an n-th of; activations and logits are of its own rows."""
 PEAK, SHARE = 9.89e14, 0.4
 """Operations a second in bf16 that NVIDIA states for an H100, and the share that training is taken to reach."""
 RATE = PEAK * SHARE
@@ -66,11 +63,6 @@ def shapeless(dtype: str, **shape: int) -> Family:
     return CausalLM(network, None, "a model that is not loaded")
 
 
-def sharded(cost: Estimate, processes: int) -> float:
-    """Bytes in each of `processes` that share weights, gradients and optimizer states evenly."""
-    return sum(size / processes if part in SHARDED else size for part, size in cost.parts.items())
-
-
 def training_seconds(parameters: float, tokens: float, processes: int = 1, rate: float = RATE, recomputed: bool = True) -> float:
     """6 operations a parameter and token, 8 where activations are recomputed; attention, a few per cent at 512 tokens a row, left out."""
     return (8 if recomputed else 6) * parameters * tokens / (processes * rate)
@@ -93,9 +85,9 @@ def _counted(family: Family, dtype: str, rank: int) -> Estimate:
 
 
 def memory_table() -> str:
-    """What the plans hold on one GPU, and what each of eight would if the trainer sharded."""
-    head = ("tuning", *_plans()[0][1].parts, "one GPU", "each of 8, sharded")
-    return table(head, [[name, *(_bytes(v) for v in cost.parts.values()), f"**{_bytes(cost.memory_bytes)}**", _bytes(sharded(cost, 8))] for name, cost in _plans()])
+    """What the plans hold on one GPU, and what each of eight holds with FSDP."""
+    head = ("tuning", *_plans()[0][1].parts, "one GPU", "each of 8, FSDP")
+    return table(head, [[name, *(_bytes(v) for v in cost.parts.values()), f"**{_bytes(cost.memory_bytes)}**", _bytes(cost.over(8, sharded=True).memory_bytes)] for name, cost in _plans()])
 
 
 def time_table() -> str:
@@ -103,7 +95,7 @@ def time_table() -> str:
     for millions in (10, 100, 1000):
         times = [_duration(training_seconds(6.7e9, millions * 1e6, n)) for n in (1, 8)]
         rows.append([f"{millions:,} M", f"{millions * 1_000_000 // 512:,}", *times])
-    return table(("tokens", "rows of 512 tokens", "one GPU", "8 GPUs, if the work were split"), rows)
+    return table(("tokens", "rows of 512 tokens", "one GPU", "8 GPUs"), rows)
 
 
 def selection_table() -> str:

@@ -271,3 +271,11 @@ def test_an_overflow_under_a_loss_scale_skips_the_step_and_lowers_the_scale():
     made.run()
     assert made.accelerator.scaler.get_scale() < 2.0**127
     assert all(torch.equal(x, before[k]) for k, x in weights(made).items())
+
+
+def test_runs_of_different_precision_follow_one_another():
+    losses = []
+    for precision in ("fp32", "bf16", "fp32"):
+        made = engine(precision=precision, steps=1, dropout=0.0)
+        losses.append(made.run().losses["loss"])
+    assert losses[0] == losses[2] != losses[1] == pytest.approx(losses[0], rel=0.02)

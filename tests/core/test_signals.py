@@ -120,3 +120,21 @@ def test_a_broken_file_is_made_anew(tmp_path, monkeypatch):
     (file,) = (tmp_path / "signals").glob("*.npy")
     file.write_bytes(file.read_bytes()[:90])
     assert np.array_equal(signal("loss", ROWS, ctx), first) and np.array_equal(np.load(file), first)
+
+
+@pytest.mark.slow
+def test_workers_of_a_cluster_compute_what_one_process_does(tmp_path):
+    pytest.importorskip("ray")
+    model = tiny_llama()
+    some = [{"prompt": f"w{i % 9} w{i % 5}", "completion": f"w{i % 7}"} for i in range(23)]
+    here, there = (Context(model, folder=tmp_path / name, workers=n) for name, n in (("here", 0), ("there", 2)))
+    for name, options in (("loss", {}), ("embedding", {"normalise": True}), ("gradient", {"project": 16})):
+        np.testing.assert_allclose(there.signal(name, some, model="current", **options), here.signal(name, some, model="current", **options), atol=1e-5)
+
+
+def test_without_ray_the_error_says_what_to_install(monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(RecipeError, match=r"pip install 'luthier\[ray\]'"):
+        Context(tiny_llama(), workers=1).signal("length", [{"prompt": "w1", "completion": "w2"}], model="current")

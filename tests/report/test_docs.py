@@ -160,8 +160,9 @@ def test_seven_billion_parameters_weigh_what_is_known_of_them():
 def test_processes_that_share_hold_an_even_part_of_what_can_be_shared():
     (_, full), *_ = atlas_scale._plans()
     own = full.parts["activations"] + full.parts["logits"]
-    assert atlas_scale.sharded(full, 1) == full.memory_bytes
-    assert atlas_scale.sharded(full, 8) == pytest.approx((full.memory_bytes - own) / 8 + own)
+    assert full.over(1, sharded=True).memory_bytes == full.memory_bytes
+    assert full.over(8, sharded=True).memory_bytes == pytest.approx((full.memory_bytes - own) / 8 + own)
+    assert full.over(8, sharded=False).memory_bytes == full.memory_bytes
 
 
 def test_optimizer_states_are_of_the_weights_type():
