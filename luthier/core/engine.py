@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from luthier.core import guard, ranks, sharding
+from luthier.core import guard, memory, ranks, sharding
 from luthier.core.closure import Closure
 from luthier.core.context import Clock, Context, seed_of
 from luthier.core.feed import Feed
@@ -190,7 +190,7 @@ class Engine:
         if self.stopping:
             raise guard.stopped(self)
         trained = sum(p.numel() for g in self.groups for p in g.params.values())
-        return Outcome(clock.step, self.seconds, self.tokens, self.ended or "all steps done", last.losses, self._peak(), trained)
+        return Outcome(clock.step, self.seconds, self.tokens, self.ended or "all steps done", last.losses, memory.peak(self.model.device), trained)
 
     def _agree(self) -> bool:
         """What all processes do next: stop, end, or (True) write a checkpoint. Clocks and signals differ between them."""
@@ -367,7 +367,7 @@ class Engine:
     # records and checkpoints --------------------------------------------------------------------------------------------
     def _record(self, step: Step, learned: Learned, seconds: float) -> None:
         line = {"step": self.ctx.clock.step, "epoch": self.feed.epoch, **step.losses, "grad_norm": step.grad_norm, "lr": step.lr,
-                "rows": learned.rows, "tokens_per_second": learned.tokens / max(seconds, 1e-9), **self.ctx.logged}  # fmt: skip
+                "rows": learned.rows, "tokens_per_second": learned.tokens / max(seconds, 1e-9), "memory_gib": memory.held(self.model.device) / 2**30, **self.ctx.logged}  # fmt: skip
         for measure in self.plan.measures:
             if measure.every and self.ctx.clock.step % measure.every == 0:
                 with self.folded(), self.model.evaluating():
@@ -414,10 +414,3 @@ class Engine:
         path = write(self)
         self.saved, self.saved_at = self.ctx.clock.step, time.monotonic()
         return path
-
-    def _peak(self) -> int:
-        if self.model.device.type == "cuda":
-            return int(torch.cuda.max_memory_allocated())
-        import resource
-
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

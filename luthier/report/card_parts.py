@@ -212,12 +212,12 @@ def training_part(facts: Facts) -> Raw:
 
 
 def _curves(stage: str, curve: list[dict[str, Any]]) -> list[str]:
-    """Loss, gradient norm, throughput and learning rate over the steps, where they were logged."""
+    """Loss, gradient norm, throughput, memory and learning rate over the steps, where they were logged."""
     of = f" of {stage}" if stage else ""
     shown = curve if len(curve) <= 600 else curve[:: len(curve) // 600 + 1]
     series = lambda key: [(float(c["step"]), c.get(key)) for c in shown]  # noqa: E731
     positive = all(c.get("loss") is None or c["loss"] > 0 for c in shown)
-    wanted = (("Loss", "loss", "loss", positive), ("Gradient norm", "grad_norm", "norm", True), ("Throughput", "tokens_per_second", "tokens a second", False), ("Learning rate", "lr", "rate", False))
+    wanted = (("Loss", "loss", "loss", positive), ("Gradient norm", "grad_norm", "norm", True), ("Throughput", "tokens_per_second", "tokens a second", False), ("Memory", "memory_gib", "GiB", False), ("Learning rate", "lr", "rate", False))
     return [lines(title + of, {title: series(key)}, "step", name, log=log and _wide(series(key))) for title, key, name, log in wanted if any(v is not None for _, v in series(key))]
 
 
