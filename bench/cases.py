@@ -11,6 +11,8 @@ from bench.flops import Load
 from bench.worker import Job
 
 RANK = 16
+MERGING = 4 * 4 * 49152 * 576 + 200e6
+"""Bytes of four of the largest tensors of SmolLM2-135M in fp32, and 200 MB."""
 ELEMENTWISE = "norms, rotary positions, activations and LoRA's additions, which move memory and multiply nothing"
 TRL = "TRL 1.16 SFTTrainer"
 TRL_SAVES = (
@@ -128,9 +130,9 @@ CASES = {
              "dense greedy, as released", "peer_dense_mig", "Timed over its first 50 picks, each of which costs the same; making its matrix is not counted, while all of our set-up is.", None, "counting every tag once", 0.0, "pick"),
         Case("mig-million", "MIG, 50,000 of 1,000,000 rows with 1,000 tags", "ours_mig", lambda b: mig(1_000_000, 50_000), Goal(seconds=600, bytes=12e9), "grouping rows by their tags, and the greedy choice itself",
              floor="counting every tag once", unit="pick"),
-        Case("merge", "TIES of 5 fine-tunes of SmolLM2-135M, fp32, from folders to a file", "ours_merge", lambda b: merging(b, "ties"), Goal(speed=1.0, bytes=0), "finding each update's largest entries, and the election of signs",
+        Case("merge", "TIES of 5 fine-tunes of SmolLM2-135M, fp32, from folders to a file", "ours_merge", lambda b: merging(b, "ties"), Goal(speed=1.0, bytes=MERGING), "finding each update's largest entries, and the election of signs",
              "mergekit 0.1.5 ties", "peer_mergekit", "The same density within every tensor, lazy reading, no tokenizer and no model card.", None, "reading the six checkpoints and writing one", 1e-4, "merge"),
-        Case("merge-linear", "The mean of 5 fine-tunes of SmolLM2-135M, fp32, from folders to a file", "ours_merge", lambda b: merging(b, "linear"), Goal(speed=1.0, bytes=0), "adding up, and writing to a disk that is safe against a crash (fsync)",
+        Case("merge-linear", "The mean of 5 fine-tunes of SmolLM2-135M, fp32, from folders to a file", "ours_merge", lambda b: merging(b, "linear"), Goal(speed=1.0, bytes=MERGING), "adding up, and writing to a disk that is safe against a crash (fsync)",
              "mergekit 0.1.5 linear", "peer_mergekit", "Lazy reading, no tokenizer and no model card.", None, "reading the five checkpoints and writing one", 1e-4, "merge"),
         Case("help", "Start-up: `luthier --help`", "ours_startup", lambda b: {"arguments": ["--help"], "times": 5}, Goal(seconds=0.3), "imports of the command line", floor="a Python that does nothing", unit="start"),
         Case("methods", "Start-up: `luthier methods`", "ours_startup", lambda b: {"arguments": ["methods"], "times": 5}, Goal(seconds=0.3), "imports, and reading the catalogue", floor="a Python that does nothing", unit="start"),
