@@ -31,7 +31,7 @@ slow: models
 	$(BIN)/luthier matrix
 
 check: setup
-	$(BIN)/ruff check luthier tests
+	$(BIN)/ruff check luthier tests bench
 	$(BIN)/mypy
 
 bench: models

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from luthier.core.context import Context
 
 Score = Callable[[TensorSource], float]
+BLOCK = 1 << 16
+"""Entries that are widened at a time; they stay in the processor's cache."""
 
 
 class VectorMerger(Merger):
@@ -102,10 +104,16 @@ def average(
         dtype = working(own.dtype if own.dtype.itemsize > 1 else torch.float32, wide=True)
         mean = torch.zeros(own.shape, dtype=dtype, device=own.device)
         for weight, state in zip(w, ready):
-            mean += weight * state[name].to(own.device, dtype)
-        return (mean / total).to(own.dtype)
+            _add(mean, state[name].to(own.device), weight)
+        return mean.div_(total).to(own.dtype)
 
     return TensorSource(home, read, home.meta, home.aliases)
+
+
+def _add(total: Tensor, tensor: Tensor, weight: float) -> None:
+    """total += weight * tensor, widened block by block: a wide copy of the tensor would be written to memory and read again."""
+    for there, here in zip(total.view(-1).split(BLOCK), tensor.reshape(-1).split(BLOCK)):
+        there.add_(here.to(total.dtype), alpha=weight)
 
 
 def ingredients(base: Any, tuned: Any, include_base: bool = False) -> tuple[list[TensorSource], TensorSource | None]:

@@ -41,8 +41,11 @@ def trimmed_merge(
     keep = [_trim(update, density, scope) for update in updates]
 
     def trimmed(name: str) -> list[Tensor]:
-        found = [u[name] for u in updates]
-        return [x.masked_fill(~k(name, x), 0).mul_(weight) for k, x, weight in zip(keep, found, w)]
+        def trim(update: TensorSource, kept: Callable[[str, Tensor], Tensor], weight: float) -> Tensor:
+            x = update[name]  # one untrimmed update at a time
+            return x.masked_fill(~kept(name, x), 0).mul_(weight)
+
+        return [trim(*each) for each in zip(updates, keep, w)]
 
     @functools.cache
     def majority() -> float:

@@ -1,0 +1,29 @@
+"""Our side of the multiple-choice row: the candidates of a question share the pass over it."""
+
+from __future__ import annotations
+
+from bench.worker import Job, Memory, main, matmul_rate, timed
+from luthier.core.models import load
+
+
+def score(job: Job) -> Job:
+    """Seconds and log-probabilities of all questions' options."""
+    family = load(job["model"])
+    questions = job["rows"]
+    found: list[float] = []
+
+    def run() -> None:
+        found.clear()
+        for at in range(0, len(questions), job["batch"]):
+            part = questions[at : at + job["batch"]]
+            scores = family.options([q["prompt"] for q in part], [q["options"] for q in part])  # type: ignore[attr-defined]
+            found.extend(value for s in scores for value in s.tolist())
+
+    rate = matmul_rate()
+    with Memory() as memory:
+        seconds = timed(run, job["warmup"], job["steps"])
+    return {**seconds, "check": found, "extra_bytes": memory.extra, "flops_per_second": max(rate, matmul_rate())}
+
+
+if __name__ == "__main__":
+    main(score)

@@ -1,0 +1,93 @@
+"""Our side of the training rows: the engine as a recipe uses it, on given rows in a given order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from bench.worker import Clock, Job, Memory, main, matmul_rate, start_adapter, without_dropout
+from luthier.adapt.full import Full
+from luthier.adapt.lora import Lora
+from luthier.core.context import Context
+from luthier.core.engine import Engine
+from luthier.core.models import load
+from luthier.core.plan import Plan
+from luthier.core.plugin import Plugin
+from luthier.objective import _rollout
+from luthier.objective.dpo import DPO
+from luthier.objective.grpo import GRPO
+from luthier.objective.info_nce import InfoNCE
+from luthier.objective.sft import SFT
+from luthier.optimize.adamw import AdamW
+from luthier.recipe import Train
+from luthier.select import Selector
+
+
+class InOrder(Selector):
+    """The rows as they come: the other side gets them in the same order."""
+
+    axis, name = "select", "in-order"
+
+    def batches(self, rows: Any, size: int, epoch: int, ctx: Context) -> Iterator[list[int]]:
+        return (list(range(at, min(len(rows), at + size))) for at in range(0, len(rows), size))
+
+
+class Watch(Plugin):
+    """Sets the adapter's start and notes each step's end, loss and gradient."""
+
+    axis, name = "measure", "watch"
+
+    def __init__(self, warmup: int) -> None:
+        self.clock = Clock(warmup)
+        self.check: list[float] = []
+
+    def attach(self, model: Any, ctx: Context) -> None:
+        start_adapter(model.network)
+        without_dropout(model.network)
+
+    def after_step(self, step: Any, ctx: Context) -> None:
+        self.clock.tick()
+        self.check += [step.losses["loss"], step.grad_norm]
+
+
+class GivenAnswers(GRPO):
+    """GRPO's update alone: the answers and their advantages come with the rows."""
+
+    def rollout(self, batch: Any, ctx: Context) -> Any:
+        given = []
+        for i, row in enumerate(batch.rows):
+            head = np.asarray(ctx.current.tokenizer(row["prompt"])["input_ids"])  # type: ignore[union-attr]
+            for answer, advantage in zip(row["answers"], row["advantages"]):
+                ids = np.asarray(ctx.current.tokenizer(answer)["input_ids"])  # type: ignore[union-attr]
+                given.append(_rollout.Rollout(i, head, ids, answer, True, data={"advantage": advantage}))
+        return _rollout.assemble(given, batch)
+
+
+def objective_of(job: Job) -> Any:
+    if job["objective"] == "grpo":
+        return GivenAnswers(group_size=job["group"], max_new_tokens=job["answer"], beta=0.0, loss_type="dapo")
+    if job["objective"] == "info-nce":
+        return InfoNCE(temperature=0.05, chunk=job["chunk"])
+    return {"sft": SFT, "dpo": DPO}[job["objective"]]()
+
+
+def train(job: Job) -> Job:
+    """Seconds, losses, gradients and memory of some steps."""
+    family = load(job["model"])
+    watch = Watch(job["warmup"])
+    adapter = Lora(rank=job["rank"], alpha=2.0 * job["rank"]) if job["rank"] else Full()
+    rows = [{**row, "plain": True} for row in job["rows"]] if job["objective"] != "info-nce" else job["rows"]
+    plan = Plan(family, rows, [(objective_of(job), 1.0)], AdamW(lr=job["lr"]), adapters=[adapter], selector=InOrder(), others=[watch])
+    settings = Train(steps=job["warmup"] + job["steps"], batch=job["batch"], tokens_per_micro_batch=job["tokens_per_micro_batch"], schedule="constant", warmup=0,
+                     clip=1.0, precision="fp32", save_every=0, device="cpu")  # fmt: skip
+    rate = matmul_rate()
+    engine = Engine(plan, settings, Context(family))
+    with Memory() as memory:
+        engine.run()
+    return {**watch.clock.result, "check": watch.check, "extra_bytes": memory.extra, "flops_per_second": max(rate, matmul_rate())}
+
+
+if __name__ == "__main__":
+    main(train)
