@@ -76,7 +76,7 @@ def parts(bench: Bench, row: dict[str, Any]) -> tuple[list[int], list[list[int]]
     """A row's prompt and its answers as tokens; those that are learned end with an end token."""
     ends = [bench.tokenizer.eos_token_id]
     if "options" in row or "answers" in row:
-        return ids(bench, row["prompt"]), [ids(bench, text) for text in row.get("options", row.get("answers"))]
+        return ids(bench, row["prompt"]), [ids(bench, text) for text in row.get("options") or row["answers"]]
     return ids(bench, row["prompt"]), [ids(bench, row[key]) + ends for key in ("completion", "chosen", "rejected") if key in row]
 
 

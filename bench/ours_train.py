@@ -41,7 +41,7 @@ class Watch(Plugin):
 
     def __init__(self, warmup: int) -> None:
         self.clock = Clock(warmup)
-        self.check: list[float] = []
+        self.seen: list[float] = []
 
     def attach(self, model: Any, ctx: Context) -> None:
         start_adapter(model.network)
@@ -49,7 +49,7 @@ class Watch(Plugin):
 
     def after_step(self, step: Any, ctx: Context) -> None:
         self.clock.tick()
-        self.check += [step.losses["loss"], step.grad_norm]
+        self.seen += [step.losses["loss"], step.grad_norm]
 
 
 class GivenAnswers(GRPO):
@@ -86,7 +86,7 @@ def train(job: Job) -> Job:
     engine = Engine(plan, settings, Context(family))
     with Memory() as memory:
         engine.run()
-    return {**watch.clock.result, "check": watch.check, "extra_bytes": memory.extra, "flops_per_second": max(rate, matmul_rate())}
+    return {**watch.clock.result, "check": watch.seen, "extra_bytes": memory.extra, "flops_per_second": max(rate, matmul_rate())}
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ class GivenAnswers(GRPOTrainer):
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         row = self.given[inputs[0]["prompt"]]
-        tokenizer = self.processing_class
+        tokenizer: Any = self.processing_class
         answers = [torch.tensor(tokenizer(a)["input_ids"]) for a in row["answers"]]
         prompt = torch.tensor(tokenizer(row["prompt"])["input_ids"]).expand(len(answers), -1)
         ids = torch.nn.utils.rnn.pad_sequence(answers, batch_first=True, padding_value=tokenizer.pad_token_id)
@@ -72,8 +72,8 @@ def trainer_of(job: Job, folder: str) -> Any:
     settings = settings_of(job, folder)
     if job["objective"] == "grpo":
         data = Dataset.from_list([{"prompt": row["prompt"]} for row in job["rows"]])
-        config = GRPOConfig(**settings, num_generations=job["group"], max_completion_length=job["answer"], beta=0.0, loss_type="dapo", shuffle_dataset=False)
-        trainer: Any = summing(GivenAnswers)(model, reward_funcs=lambda completions, **_: [0.0] * len(completions), args=config, train_dataset=data, **common)
+        given = GRPOConfig(**settings, num_generations=job["group"], max_completion_length=job["answer"], beta=0.0, loss_type="dapo", shuffle_dataset=False)
+        trainer: Any = summing(GivenAnswers)(model, reward_funcs=lambda completions, **_: [0.0] * len(completions), args=given, train_dataset=data, **common)
         trainer.given = {row["prompt"]: row for row in job["rows"]}
         return trainer
     data = Dataset.from_list(job["rows"])

@@ -50,31 +50,41 @@ def sources(claim: Claim) -> list[Path]:
 
 
 def fingerprint(claim: Claim) -> str:
-    """Changes when any of the sources does."""
+    """Changes when any of the sources does something else; words, comments and where a method may run are not part of it."""
     found = hashlib.sha256()
     for file in sources(claim):
         found.update(file.name.encode() + b"\0")
-        found.update(_code(file) if file == claim.file else _digest(file, file.stat().st_mtime_ns))
+        found.update(_digest(file, file.stat().st_mtime_ns, claim=file == claim.file))
     return found.hexdigest()[:16]
 
 
 PROSE = ("says", "published", "departs", "reason")
-
-
-def _code(file: Path) -> bytes:
-    """A claim's file without its words: an explanation written after a run does not make the run stale."""
-    tree = ast.parse(file.read_text(encoding="utf-8"))
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Call):
-            node.keywords = [k for k in node.keywords if k.arg not in PROSE]
-        if isinstance(node, (ast.Module, ast.FunctionDef)) and ast.get_docstring(node) is not None:
-            node.body = node.body[1:]
-    return ast.dump(tree).encode()
+"""What a claim says about itself: an explanation written after a run does not make the run stale."""
+PLACES = ("parallel", "toy")
+"""What a method says about where it runs and how it is tried out."""
 
 
 @functools.cache
-def _digest(file: Path, changed: int) -> bytes:
-    return hashlib.sha256(file.read_bytes()).digest()
+def _digest(file: Path, changed: int, claim: bool) -> bytes:
+    return hashlib.sha256(_code(file, claim) if file.suffix == ".py" else file.read_bytes()).digest()
+
+
+def _code(file: Path, claim: bool) -> bytes:
+    """A file's code alone, in one form."""
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)):
+            node.body = [part for part in node.body if not _says_nothing(part)] or [ast.Pass()]
+        if claim and isinstance(node, ast.Call):
+            node.keywords = [k for k in node.keywords if k.arg not in PROSE]
+    return ast.unparse(tree).encode()
+
+
+def _says_nothing(part: ast.stmt) -> bool:
+    """Docstrings, of modules, classes, functions and fields; and what a method says about itself."""
+    if isinstance(part, ast.Expr):
+        return isinstance(part.value, ast.Constant) and isinstance(part.value.value, str)
+    return isinstance(part, ast.Assign) and any(isinstance(t, ast.Name) and t.id in PLACES for t in part.targets)
 
 
 class Store:

@@ -141,3 +141,18 @@ def test_listing_shows_and_table(toy, capsys):
     assert {c["claim"] for c in json.loads(capsys.readouterr().out)} == set(names())
     assert main(["claims", "table", "--json"]) == 0
     assert len(json.loads(capsys.readouterr().out)) == 169
+
+
+def test_only_what_a_method_does_makes_evidence_stale(tmp_path):
+    from luthier.claims.evidence import _code
+
+    file = tmp_path / "m.py"
+
+    def code(text: str) -> bytes:
+        file.write_text(text)
+        return _code(file, claim=False)
+
+    was = code('"""A method."""\nclass A:\n    """Says."""\n    lr: float = 1.0\n    """Rate."""\n    parallel = {"single"}\n    def f(self):\n        return 2  # two\n')
+    assert code('class A:\n    lr: float = 1.0\n    """The rate."""\n    def f(self):\n        """Two."""\n        return 2\n') == was
+    assert code("class A:\n    lr: float = 1.0\n    def f(self):\n        return -2\n") != was
+    assert code("class A:\n    lr: float = 2.0\n    def f(self):\n        return 2\n") != was
