@@ -50,6 +50,8 @@ class AdaLora(Targeted):
     positive = ("rank", "start_rank", "alpha", "every")
     shares = ("dropout", "start", "end")
 
+    parallel = frozenset({"single", "ddp"})
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self._grads: dict[str, Tensor] = {}

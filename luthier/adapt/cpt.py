@@ -31,6 +31,8 @@ class Cpt(Prompted):
 
     positive = ("examples", "tokens")
 
+    parallel = frozenset({"single", "ddp"})
+
     def config(self, model: Family, ctx: Context | None = None) -> Any:
         from peft import CPTConfig
 

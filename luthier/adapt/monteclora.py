@@ -38,6 +38,8 @@ class Monteclora(LoraLike):
 
     positive = ("rank", "alpha", "samples", "prior",)
 
+    parallel = frozenset({"single", "ddp"})
+
     def config(self, model: Family, ctx: Context | None = None) -> Any:
         from peft.tuners.lora import MontecloraConfig
 

@@ -26,6 +26,8 @@ class Osf(Targeted):
 
     shares = ("keep",)
 
+    parallel = frozenset({"single", "ddp"})
+
     def config(self, model: Family, ctx: Context | None = None) -> Any:
         from peft import OSFConfig
 

@@ -34,6 +34,8 @@ class TinyLora(Targeted):
     positive = ("rank", "length",)
     shares = ("dropout",)
 
+    parallel = frozenset({"single", "ddp"})
+
     def config(self, model: Family, ctx: Context | None = None) -> Any:
         from peft import TinyLoraConfig
 

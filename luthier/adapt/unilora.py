@@ -32,6 +32,8 @@ class UniLora(Targeted):
     positive = ("rank", "length",)
     shares = ("dropout",)
 
+    parallel = frozenset({"single", "ddp"})
+
     def config(self, model: Family, ctx: Context | None = None) -> Any:
         from peft import UniLoraConfig
 

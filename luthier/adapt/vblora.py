@@ -34,6 +34,8 @@ class VbLora(Targeted):
     positive = ("rank", "vectors", "length", "topk",)
     shares = ("dropout",)
 
+    parallel = frozenset({"single", "ddp"})
+
     def config(self, model: Family, ctx: Context | None = None) -> Any:
         from peft import VBLoRAConfig
 

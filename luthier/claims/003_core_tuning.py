@@ -17,6 +17,8 @@ claim = Claim(
     tasks=("digits",),
     departs="A perceptron of 256 and 128 units on 8x8 digits, prepared by SimCLR on 1,000 unlabelled images and tuned on 50 labelled ones with AdamW. "
     "The grids also hold eta (0.1 and 10 are both in the release) and, for cross-entropy, label smoothing.",
+    reason="The classes do draw together (scatter 0.53 against 0.79 after cross-entropy), but with 50 labels of 8x8 digits that buys no accuracy. Mixing with hard examples costs "
+    "some: alone it loses 2.5 points, while supervised contrast without it is on a par with cross-entropy. The losses agree with hand-computed cases of the card.",
 )
 RATES = (3e-4, 1e-3, 3e-3)
 CONTRAST = {"lr": RATES, "eta": (0.1, 1.0, 10.0)}

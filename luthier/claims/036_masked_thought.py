@@ -16,6 +16,9 @@ claim = Claim(
     models=("lm-s",),
     departs="250 chains of five operands modulo 10, each line the expression that remains, seen 32 times; a model of 0.4 M parameters that knows chains of two to four, written shorter. "
     "The method's arm is the MetaMath form (mask token, rate 0.2), as a tiny model is hurt more by corruption; the GSM8K form is an arm beside it.",
+    reason="Seeds differ by more than the methods do (0.27 to 0.43 with masks, 0.34 to 0.39 without). Where each line repeats all that remains, hidden words can be read off the "
+    "line before, so little is asked of the model that plain tuning does not ask; without that, so small a model loses by masks. Masks in the question help here (+0.12), "
+    "which the paper does not see.",
 )
 GRID = {"lr": (1e-4, 3e-4, 1e-3)}
 LONGEST = 32

@@ -17,6 +17,9 @@ claim = Claim(
     methods=("measure/local-intrinsic-dimension",),
     departs="One block of width 96, x - y mod 53, 70 % of the equations, weight decay 1; no delayed grokking, which needs more steps. The memorising arm has the same "
     "equations with shuffled answers. Mean of TwoNN in 64 neighbours of 1,000 final hidden states.",
+    reason="In each of three seeds the model that generalises ends with the higher local dimension, if not by a certain margin. All arms begin at 7 and rise while they learn; none shows the late fall that "
+    "the paper sees at grokking, which takes many more steps than run here. Between runs the number of equations matters as much: too few of them give the lowest "
+    "dimension and no generalisation.",
 )
 
 

@@ -19,6 +19,9 @@ claim = Claim(
     models=("lm-s",),
     departs="Sixty demonstrated chains modulo 10, which are all the prompts; a model of 0.4 M parameters, half-taught chains of five to seven first, as rewards are rare else; "
     "groups of six, 60 updates. All arms learn from as many answers; drawing them is the reinforcing arms' extra cost. Judged on seven operands and on eight.",
+    reason="With sixty rows all arms that see demonstrations end within the noise of three seeds; the method beats reinforcement alone by 9 points and keeps what the model knew "
+    "(0.64 of the general probe, against 0.28 after plain tuning on the same rows). The paper judges harder mathematics, where demonstrations do not carry over so "
+    "directly.",
 )
 GRID = {"lr": (1e-4, 3e-4, 1e-3)}
 
