@@ -167,6 +167,12 @@ def _advise(args: argparse.Namespace) -> None:
     advise(args)
 
 
+def _merge(args: argparse.Namespace) -> None:
+    from luthier._cli.merge import merge
+
+    merge(args)
+
+
 def _compare(args: argparse.Namespace) -> None:
     from luthier._cli.compare import compare
 
@@ -347,6 +353,9 @@ def _add_tuning(commands: Any) -> None:
     for word, about in (("merged", "a whole model for transformers"), ("adapter", "an adapter for peft"), ("gguf", "a file for llama.cpp")):
         form.add_argument(f"--{word}", dest="form", action="store_const", const=word, help=about)
     one.add_argument("--out", help="where to write")
+    from luthier._cli.merge import add_arguments as add_merge_arguments
+
+    add_merge_arguments(_add(commands, "merge", _merge, "combine checkpoints of any size, tensor by tensor", json=True))
     one = _add(commands, "report", _report, "write a run's report card again, also of one that has not finished", json=True)
     one.add_argument("run", metavar="RUN")
     one = _add(commands, "fetch", _fetch, "download a model", json=True)

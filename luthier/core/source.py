@@ -93,16 +93,17 @@ class TensorSource(Mapping[str, Tensor]):
         kept = dict.fromkeys(names)
         return TensorSource(kept, self._read, self._meta, {k: v for k, v in self.aliases.items() if k in kept and v in kept})
 
-    def save(self, path: str | Path, max_shard_bytes: int = SHARD, progress: Callable[[int, int, str], None] | None = None) -> list[Path]:
+    def save(self, path: str | Path, max_shard_bytes: int = SHARD, progress: Callable[[int, int, str], None] | None = None, identity: str = "") -> list[Path]:
         """Write safetensors, computing one tensor at a time; tied tensors are written once.
 
         `path` is a file (`.safetensors`) or a folder, whose file is split into shards with an index where it would grow beyond
-        `max_shard_bytes`. `progress(done, total, name)` hears of every tensor. Nothing incomplete ever bears a final name."""
+        `max_shard_bytes`. `progress(done, total, name)` hears of every tensor. Nothing incomplete ever bears a final name. With an
+        `identity` of what is written, shards that an interrupted save of the same finished are not written again."""
         path = Path(path)
         if path.suffix == ".safetensors":
             write_file(path, self.only(self.distinct), {"format": "pt"})
             return [path]
-        return write_folder(path, self, self.distinct, max_shard_bytes, progress)
+        return write_folder(path, self, self.distinct, max_shard_bytes, progress, identity)
 
 
 # readers ----------------------------------------------------------------------------------------------------------------

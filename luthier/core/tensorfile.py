@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +133,13 @@ class _Writer:
         os.fsync(self.file.fileno())
         self.file.close()
 
+    def finished(self) -> _Shard:
+        """Close the file and take `.writing` off its name."""
+        self.close()
+        path = self.path.with_suffix("")
+        os.replace(self.path, path)
+        return _Shard(path, self.size, list(self.entries))
+
 
 def write_file(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """One safetensors file, complete or not there at all."""
@@ -154,35 +162,65 @@ def write_folder(
     names: list[str],
     max_shard_bytes: int,
     progress: Callable[[int, int, str], None] | None = None,
+    identity: str = "",
 ) -> list[Path]:
-    """Some of a lazy mapping as `model.safetensors`, or as shards with an index where it is larger than a shard may be."""
+    """Some of a lazy mapping as `model.safetensors`, or as shards with an index where it is larger than a shard may be.
+
+    `identity`: says what is written; finished shards of an interrupted save with the same one are kept, and kept for the next."""
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / ".partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir()
-    writers: list[_Writer] = []
+    finished = _finished(partial, identity)
+    done = {name for shard in finished for name in shard.entries}
+    writer: _Writer | None = None
     try:
-        for done, name in enumerate(names):
-            tensor = tensors[name]
-            size = tensor.numel() * tensor.element_size()
-            if not writers or (writers[-1].size and writers[-1].size + size > max_shard_bytes):
-                if writers:
-                    writers[-1].close()
-                writers.append(_Writer(partial / f"{len(writers)}", names[done:], {"format": "pt"}))
-            writers[-1].add(name, tensor)
+        for place, name in enumerate(names):
+            if name not in done:
+                tensor = tensors[name]
+                if writer is None or (writer.size and writer.size + tensor.numel() * tensor.element_size() > max_shard_bytes):
+                    if writer is not None:
+                        finished.append(writer.finished())
+                    writer = _Writer(partial / f"{len(finished)}.writing", names[place:], {"format": "pt"})
+                writer.add(name, tensor)
             if progress is not None:
-                progress(done + 1, len(names), name)
-        if not writers:
-            writers.append(_Writer(partial / "0", [], {"format": "pt"}))
-        writers[-1].close()
-        return _publish(folder, writers)
-    finally:
-        for writer in writers:
-            writer.file.close()
+                progress(place + 1, len(names), name)
+        if writer is not None or not finished:
+            finished.append((writer or _Writer(partial / "0.writing", [], {"format": "pt"})).finished())
+        files = _publish(folder, finished)
         shutil.rmtree(partial, ignore_errors=True)
+        return files
+    finally:
+        if writer is not None:
+            writer.file.close()
+        if not identity:
+            shutil.rmtree(partial, ignore_errors=True)
 
 
-def _publish(folder: Path, writers: list[_Writer]) -> list[Path]:
+@dataclass
+class _Shard:
+    """A finished file that does not bear its final name yet."""
+
+    path: Path
+    size: int
+    entries: list[str]
+
+
+def _finished(partial: Path, identity: str) -> list[_Shard]:
+    """What an interrupted save of the same finished; anything else is removed."""
+    mark = partial / "identity"
+    found: list[_Shard] = []
+    if not identity or not mark.is_file() or mark.read_text() != identity:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        if identity:
+            mark.write_text(identity)
+        return found
+    while (path := partial / f"{len(found)}").is_file():
+        with safe_open(str(path), framework="pt") as file:
+            found.append(_Shard(path, path.stat().st_size, list(file.keys())))
+    return found
+
+
+def _publish(folder: Path, writers: list[_Shard]) -> list[Path]:
     """Move finished shards to their names, the index last, and drop shards of an earlier save."""
     index = folder / "model.safetensors.index.json"
     total = len(writers)
