@@ -11,8 +11,8 @@ from luthier.core.plugin import Plugin, defines
 from luthier.testing.toys import recipe, shared_family
 from tests.toy_runs import attempts
 
-NOISY = {"adapt/monteclora", "adapt/pvera"}
-"""Their noise is drawn for each row, and rows are shared out."""
+NOISY = {"adapt/monteclora", "adapt/pvera", "objective/masked-thought", "objective/one-token-rollout", "objective/prefix-rft"}
+"""Their noise or answers are drawn row by row, and rows are shared out."""
 HOOKS = ("batches", "turn", "pick", "prepare", "before_step", "penalty", "after_backward", "after_step")
 
 

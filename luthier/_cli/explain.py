@@ -76,13 +76,20 @@ def about_method(entry: Entry, known: list[Paper]) -> dict[str, Any]:
         "papers": [{"n": p.n, "slug": p.slug, "title": p.title, "year": p.year} for p in mine],
         "doc": inspect.getdoc(cls) or "",
         "fields": fields(cls),
-        "needs": _words(cls, "needs"), "families": _words(cls, "families"), "parallel": _words(cls, "parallel"),
+        "needs": _words(cls, "needs"), "families": _words(cls, "families"), "parallel": _modes(cls),
         "columns": [sorted(c) for c in getattr(cls, "columns", ())],
         "decides": _decides(cls),
         "recipe": _snippet(entry, cls),
         "evidence": [e for p in mine if (e := evidence_of(p))],
         "relations": [f"{m} (paper {p.n}, {p.slug})" for p in mine for m in p.methods if m != key],
     }  # fmt: skip
+
+
+def _modes(cls: type) -> list[str]:
+    """The parallel modes that it works in."""
+    from luthier.core.ranks import modes
+
+    return sorted(modes(cls)) if hasattr(cls, "parallel") else _words(cls, "parallel")
 
 
 def _loaded(entry: Entry) -> type:

@@ -171,7 +171,7 @@ class Plugin:
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
-def defines(plugin: Plugin, hook: str) -> bool:
-    """Whether a plug-in gives its own version of a hook."""
+def defines(plugin: Plugin | type[Plugin], hook: str) -> bool:
+    """Whether a plug-in, or its class, gives its own version of a hook."""
     base = getattr(Plugin, hook, None)
-    return getattr(type(plugin), hook, base) is not base
+    return getattr(plugin if isinstance(plugin, type) else type(plugin), hook, base) is not base

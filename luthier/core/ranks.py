@@ -203,13 +203,13 @@ def refuse(mode: Mode, plugins: Iterable[Any]) -> None:
 
 
 def modes(plugin: Any) -> frozenset[str]:
-    """In which modes a method works: those it declares, less those its hooks rule out.
+    """In which modes a method, or its class, works: those it declares, less those its hooks rule out.
 
     A loss of the whole batch is not a sum over parts of it, and a gradient that is taken as it appears is not yet everybody's.
     Processes that generate answers of their own would call sharded layers a different number of times."""
     from luthier.core.plugin import defines
 
-    able = frozenset(plugin.parallel)
-    if getattr(plugin, "whole_batch", False) or defines(plugin, "on_grad"):
+    cls, able = plugin if isinstance(plugin, type) else type(plugin), frozenset(plugin.parallel)
+    if getattr(cls, "whole_batch", False) or defines(cls, "on_grad"):
         able -= {"ddp", "fsdp"}
-    return able - {"fsdp"} if defines(plugin, "rollout") else able
+    return able - {"fsdp"} if defines(cls, "rollout") else able
