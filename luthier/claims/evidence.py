@@ -166,6 +166,7 @@ class Store:
         for name in claim.arms:
             if name != method and (found := self._effect(table, method, name)):
                 others[name] = asdict(found)
+        memory = self._memory(used)
         outcome = None
         waiting = sorted(set(claim.seeds) - (set(table[method]) & set(table[baseline])))
         if effect is not None and (flags or not waiting):  # no peeking: no verdict before all declared seeds are in
@@ -174,8 +175,8 @@ class Store:
             "paper": claim.paper, "slug": claim.slug, "says": claim.says, "published": claim.published, "metric": claim.metric, "better": claim.better,
             "smallest": claim.smallest, "at_least": claim.at_least, "departs": claim.departs, "verdict": outcome, "reason": claim.reason,
             "effect": None if effect is None else {**asdict(effect), "method": method, "baseline": baseline}, "against": others, "flags": flags, "waiting": waiting, "repeated": self._repeated(method, baseline),
-            "arms": {name: _arm_summary(claim, claim.arms[name], table[name]) for name in claim.arms if table.get(name)},
-            "cost": _cost(table, method, baseline), "hash": used, "versions": records[-1]["versions"] if records else versions(),
+            "arms": {name: _arm_summary(claim, claim.arms[name], table[name], memory.get(name)) for name in claim.arms if table.get(name)},
+            "cost": {"time": _ratio(*(_mean(r["seconds"] for r in table.get(arm, {}).values()) for arm in (method, baseline))), "memory": _ratio(memory.get(method), memory.get(baseline))}, "hash": used, "versions": records[-1]["versions"] if records else versions(),
             "methods": list(claim.methods), "failures": self.failures, "grids": self.grids, "records": self.records,
         }  # fmt: skip
 
@@ -185,6 +186,14 @@ class Store:
         if len(pairs) < 3 or any(x is None or y is None for x, y in pairs):
             return None
         return paired([x for x, _ in pairs], [y for _, y in pairs], self.claim.better)
+
+    def _memory(self, used: str) -> dict[str, float]:
+        """Megabytes of every arm's peak; a quick run needs as much as a long one."""
+        told: dict[str, list[float]] = defaultdict(list)
+        for record in self.records:
+            if record["hash"] == used and "memory_mb" in record:
+                told[record["arm"]].append(record["memory_mb"])
+        return {arm: _mean(values) for arm, values in told.items()}
 
     def _repeated(self, method: str, baseline: str) -> dict[str, Any] | None:
         """The effect and verdict on seeds that the claim did not declare, with the code as it is."""
@@ -219,14 +228,14 @@ def _unequal(claim: Claim, table: dict[str, dict[int, dict[str, Any]]]) -> list[
     return found
 
 
-def _arm_summary(claim: Claim, arm: Arm, runs: dict[int, dict[str, Any]]) -> dict[str, Any]:
+def _arm_summary(claim: Claim, arm: Arm, runs: dict[int, dict[str, Any]], memory_mb: float | None) -> dict[str, Any]:
     metrics = sorted({k for r in runs.values() for k in r["metrics"]})
     values = {k: {str(s): runs[s]["metrics"].get(k) for s in sorted(runs)} for k in metrics}
     means = {k: None if None in v.values() else sum(v.values()) / len(v) for k, v in values.items()}  # type: ignore[arg-type]
     spent = sorted({k for r in runs.values() for k in r["spent"]})
     return {
         "role": arm.role, "settings": runs[min(runs)]["settings"], "means": means, "values": values, "seconds": _mean(r["seconds"] for r in runs.values()),
-        "extra_memory_mb": _mean(r["extra_memory_mb"] for r in runs.values()), "spent": {k: _mean(r["spent"].get(k, 0.0) for r in runs.values()) for k in spent},
+        "memory_mb": memory_mb, "spent": {k: _mean(r["spent"].get(k, 0.0) for r in runs.values()) for k in spent},
     }  # fmt: skip
 
 
@@ -235,13 +244,9 @@ def _mean(values: Any) -> float:
     return round(sum(values) / len(values), 4) if values else 0.0
 
 
-def _cost(table: dict[str, dict[int, dict[str, Any]]], method: str, baseline: str) -> dict[str, float | None]:
-    """The method's time and extra memory over its baseline's."""
-    ratio: dict[str, float | None] = {}
-    for name, field in (("time", "seconds"), ("memory", "extra_memory_mb")):
-        a, b = (_mean(r[field] for r in table.get(arm, {}).values()) for arm in (method, baseline))
-        ratio[name] = round(a / b, 3) if b > 0 and a > 0 else None
-    return ratio
+def _ratio(method: float | None, baseline: float | None) -> float | None:
+    """The method's cost over its baseline's."""
+    return round(method / baseline, 3) if method and baseline else None
 
 
 def versions() -> dict[str, str]:

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from luthier.core import memory
+
 
 @dataclass
 class Shared:
@@ -54,6 +56,7 @@ class Trial:
             return self.shared.get(key, make)
         finally:
             self.spent = spent
+            memory.settle()
 
     def spend(self, **amounts: float) -> None:
         """Add to the arm's account: rows and tokens learned from, steps, passes ..."""

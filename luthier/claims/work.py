@@ -6,6 +6,7 @@ than the arms in flight, and running again goes on where it stopped.
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -161,9 +162,15 @@ def _worker(slug: str, seed: int, quick: bool, arms: list[str], settings: list[d
     import torch
 
     from luthier.claims.trial import Shared
+    from luthier.core import memory
 
+    global IDLE
     torch.set_num_threads(1)
     claim, shared = find(slug), Shared()
+    for name in ("luthier.core.stage", "peft", "sklearn.linear_model", "scipy.stats") if claim.methods else ():
+        importlib.import_module(name)  # what every arm may import is no arm's cost
+    memory.settle()
+    IDLE = memory.held(torch.device("cpu"))
     for name in arms:
         arm = claim.arms[name]
         middle = {k: v[len(v) // 2] for k, v in arm.grid.items()}
@@ -180,11 +187,12 @@ def _arm(claim: Claim, arm: Arm, seed: int, quick: bool, point: dict[str, Any], 
     import torch
 
     from luthier.claims.trial import Trial
+    from luthier.core import memory
 
     torch.manual_seed(seed)
     trial = Trial(seed, arm.name, point, quick, shared)
-    _reset_peak()
-    before, started = _memory("VmRSS"), time.process_time()  # CPU time of one thread: what else the machine does is not the arm's cost
+    memory.settle()
+    started = time.process_time()  # CPU time of one thread: what else the machine does is not the arm's cost
     try:
         metrics = dict(arm.run(trial))
     finally:
@@ -193,26 +201,12 @@ def _arm(claim: Claim, arm: Arm, seed: int, quick: bool, point: dict[str, Any], 
         raise KeyError(f"the arm '{arm.name}' gives no '{claim.metric}'")
     return {
         "arm": arm.name, "seed": seed, "quick": quick, "settings": point, "metrics": {k: finite(v) for k, v in metrics.items()}, "spent": trial.spent,
-        "notes": trial.notes, "seconds": round(time.process_time() - started, 2), "extra_memory_mb": round(max(0, _memory("VmHWM") - before) / 1024, 1), "threads": torch.get_num_threads(),
+        "notes": trial.notes, "seconds": round(time.process_time() - started, 2), "memory_mb": round(max(0, memory.peak_since() - IDLE) / 2**20, 1), "threads": torch.get_num_threads(),
     }  # fmt: skip
 
 
-def _memory(field: str) -> int:
-    """Kilobytes, as Linux tells them; 0 elsewhere."""
-    try:
-        with open("/proc/self/status") as status:
-            return next(int(line.split()[1]) for line in status if line.startswith(field))
-    except (OSError, StopIteration):
-        return 0
-
-
-def _reset_peak() -> None:
-    """The peak of the arm before is not this arm's."""
-    try:
-        with open("/proc/self/clear_refs", "w") as control:
-            control.write("5")
-    except OSError:
-        pass
+IDLE = 0
+"""Bytes of a worker that has done nothing yet; an arm's memory is its peak beyond them."""
 
 
 if __name__ == "__main__":

@@ -35,10 +35,12 @@ def autopeft(codes: np.ndarray, values: np.ndarray, levels: list[np.ndarray], q:
     try:
         import torch
         from botorch.acquisition.logei import qLogNoisyExpectedImprovement
+        from botorch.acquisition.multi_objective import logei
         from botorch.acquisition.multi_objective.logei import qLogNoisyExpectedHypervolumeImprovement
         from botorch.optim.optimize import optimize_acqf_discrete_local_search
     except ImportError as error:
         raise UserError("autopeft's Gaussian processes need botorch: pip install 'luthier[search]'; or set surrogate: random.") from error
+    logei._load_attempted = True  # it would compile a kernel for a minute, and wait for ever on a build that somebody killed
     x = torch.tensor(codes, dtype=torch.double)
     stacked = values if reference is None else np.vstack([values, reference])
     mapped = copula(stacked)
