@@ -75,7 +75,7 @@ def models(seed=1, scale=0.05):
 
 
 def test_the_loss_is_dpo_at_those_weights():
-    family, base, tuned = models()
+    family, _, tuned = models()
     rows = toys.rows(PAIRS, 4)
     batch = family.collate(rows)
     with torch.no_grad():
