@@ -68,8 +68,11 @@ class Case:
         return Rows.of(toys.rows(self.columns, n))
 
     def context(self, model: Any = None, n: int = 6) -> Context:
+        from luthier.core.rows import Rows
+
         model = model or self.model()
         streams = {name: self.rows(n) for name in ("train", "test", "val", "general")}
+        streams |= {name: Rows.of(toys.rows(own, n)) for name, own in getattr(self.cls, "toy_streams", {}).items()}
         frozen = model.frozen_copy()
         models = dict.fromkeys(("base", "stage", "previous", *getattr(self.cls, "toy_models", ())), frozen)
         ctx = Context(model, 0, streams, models)

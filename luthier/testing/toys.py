@@ -76,6 +76,8 @@ def recipe(choices: Mapping[str, type | str], family: str, folder: Path) -> dict
         made[axis] = entry(cls)
     columns = columns_for([c for a, c in classes.items() if a in ("objective", "synthesize", "select", "curate")], family)
     made["data"] = {name: rows(columns, n, seed) for seed, (name, n) in enumerate((("train", 12), ("test", 6), ("val", 6), ("general", 4)))}
+    for cls in classes.values():
+        made["data"] |= {name: rows(own, 6) for name, own in getattr(cls, "toy_streams", {}).items()}
     if "search" in classes:
         made["measure"] += entry(method("measure", "task")) if "measure" not in choices or classes["measure"].name != "task" else []
         made["space"] = {"optimize.lr": [1e-3, 1e-2]}
