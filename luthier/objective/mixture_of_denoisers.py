@@ -82,7 +82,7 @@ def mixture_of_denoisers(ids: Any, span: np.ndarray, sentinels: SequenceOf[int],
 
 def expanded(inputs: np.ndarray, targets: np.ndarray, sentinels: SequenceOf[int]) -> np.ndarray:
     """The sequence that `inputs` and `targets` were made of: every sentinel replaced by what follows it in the targets."""
-    marks = set(int(s) for s in sentinels)
+    marks = {int(s) for s in sentinels}
     if not any(int(i) in marks for i in inputs):
         return np.concatenate([inputs, targets])
     filled: dict[int, list[int]] = {}

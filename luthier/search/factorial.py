@@ -47,18 +47,33 @@ def factorial(choices: Mapping[str, SequenceOf[Any]], values: Any, order: int = 
         for cell in itertools.product(*(range(sizes[f]) for f in held)):
             at = dict(zip(held, cell))
             one = effect[(slice(None), *(at.get(f, 0) for f in range(len(sizes))))]
-            low, high = _interval(one)
+            low, high = interval(one)
             out.append({"level": {names[f]: list(choices[names[f]])[i] for f, i in at.items()}, "effect": float(one.mean()), "low": low, "high": high, "share": share})
     return out
 
 
-def _interval(values: np.ndarray) -> tuple[float | None, float | None]:
+def interval(values: np.ndarray) -> tuple[float | None, float | None]:
+    """The 95 % t-interval of a mean; None for a single value."""
     from scipy.stats import t
 
     if len(values) < 2:
         return None, None
     half = float(t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / len(values) ** 0.5)
     return float(values.mean()) - half, float(values.mean()) + half
+
+
+def weighted_score(metrics: Mapping[str, float], weights: Mapping[str, float] | None) -> float:
+    """The weighted sum that trials are compared by, more is better; without weights the task's loss a token, else its score."""
+    known = ", ".join(sorted(metrics))
+    if weights is None:
+        usual = next((n for n in USUAL if n in metrics), None)
+        if usual is None:
+            raise RecipeError(f"The trials measure neither the task's loss nor its score; set search.score to metrics with weights out of: {known}.")
+        weights = {usual: -1.0 if usual == USUAL[0] else 1.0}
+    for name in weights:
+        if metrics.get(name) is None:
+            raise RecipeError(f"The trials do not measure '{name}'.{nearest(name, metrics)} They measure: {known}.")
+    return float(sum(w * metrics[n] for n, w in weights.items()))
 
 
 @register("factorial", paper=(7, 19, 21))
@@ -98,7 +113,7 @@ class Factorial(Searcher):
         runs: list[Point] = [{"train.seed": s} for s in self.seeds] or [{}]
         cells = where.all()
         metrics = [[ask({**cell, **run}) for cell in cells] for run in runs]
-        values = np.array([[self._score(m) for m in line] for line in metrics])
+        values = np.array([[weighted_score(m, self.score) for m in line] for line in metrics])
         mean = values.mean(0)
         means = [{k: float(np.mean([line[i][k] for line in metrics])) for k in metrics[0][i] if all(line[i].get(k) is not None for line in metrics)} for i in range(len(cells))]
         best = sorted(range(len(cells)), key=lambda i: -mean[i])
@@ -108,17 +123,3 @@ class Factorial(Searcher):
             table = {"score": self.score, "seeds": self.seeds, "cells": [{**cells[i], "values": values[:, i].tolist()} for i in best], "effects": found[0]["effects"]}
             (ctx.folder / "factorial.json").write_text(json.dumps(table, indent=1, default=str))
         return found
-
-    def _score(self, metrics: Mapping[str, float]) -> float:
-        """The weighted sum that trials are compared by; more is better."""
-        known = ", ".join(sorted(metrics))
-        weights = self.score
-        if weights is None:
-            usual = next((n for n in USUAL if n in metrics), None)
-            if usual is None:
-                raise RecipeError(f"The trials measure neither the task's loss nor its score; set search.score to metrics with weights out of: {known}.")
-            weights = {usual: -1.0 if usual == USUAL[0] else 1.0}
-        for name in weights:
-            if metrics.get(name) is None:
-                raise RecipeError(f"The trials do not measure '{name}'.{nearest(name, metrics)} They measure: {known}.")
-        return float(sum(w * metrics[n] for n, w in weights.items()))

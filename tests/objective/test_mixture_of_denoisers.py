@@ -11,7 +11,14 @@ from luthier.core.batch import Sequence
 from luthier.core.context import Context
 from luthier.errors import ModelError, RecipeError
 from luthier.objective.asft import ASFT
-from luthier.objective.mixture_of_denoisers import DENOISERS, Denoiser, MixtureOfDenoisers, expanded, mixture_of_denoisers, spans
+from luthier.objective.mixture_of_denoisers import (
+    DENOISERS,
+    Denoiser,
+    MixtureOfDenoisers,
+    expanded,
+    mixture_of_denoisers,
+    spans,
+)
 from luthier.objective.sft import SFT
 from tests.helpers import tiny_llama
 from tests.objective.lm_batches import batch_of, engine, logps_of, sequence
