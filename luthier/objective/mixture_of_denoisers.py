@@ -132,7 +132,7 @@ class MixtureOfDenoisers(Supervised):
     _sentinels: list[int] = field(default_factory=list, init=False, repr=False)
     _modes: dict[str, int] = field(default_factory=dict, init=False, repr=False)
 
-    columns = (frozenset({"text"}),)
+    columns = (frozenset({"text"}),)  # type: ignore[assignment]
     toy = {"length": 16}
 
     def __post_init__(self) -> None:
