@@ -35,6 +35,8 @@ class Sequence:
     """Index of the row in its batch."""
     branch: str = "completion"
     """Which of the row's sequences: completion, prompt, chosen, rejected, option, rollout, anchor, positive, negative ..."""
+    prefix: int = 0
+    """So many tokens at the beginning see each other in both directions (a prefix language model); 0: every token sees what is before it."""
     data: dict[str, Any] = field(default_factory=dict)
     """More about it: scalars, or arrays with one value a supervised token (behaviour log-probs, advantages, entropies)."""
 
@@ -179,6 +181,8 @@ class TokenForest:
     """[n] which sequence each supervised token belongs to."""
     shared: int
     """Tokens that were not computed twice."""
+    prefixes: list[int] = field(default_factory=list)
+    """For each bin, how many tokens at its beginning see each other in both directions; empty: none anywhere."""
 
     @property
     def is_flat(self) -> bool:
@@ -191,10 +195,12 @@ class TokenForest:
     ) -> TokenForest:
         """Lay sequences out in bins of at most `limit` tokens, those with a common beginning together, if that saves `min_gain` of the work.
 
+        A token that also sees what comes after it cannot be shared, so sequences with a two-way prefix lie apart.
         `dear` is the bin length at which attention costs as much as all the rest."""
         if not sequences:
             raise ValueError("A forest of no sequences.")
-        bins = _group(sequences, limit, min_gain, dear) if share else [[i] for i in range(len(sequences))]
+        prefixes = [s.prefix for s in sequences] if any(s.prefix for s in sequences) else []
+        bins = _group(sequences, limit, min_gain, dear) if share and not prefixes else [[i] for i in range(len(sequences))]
         built = [_grow([sequences[i].ids for i in members]) for members in bins]
         length = max(len(b.ids) for b in built)
         ids = np.full((len(built), length), pad, dtype=np.int64)
@@ -210,7 +216,7 @@ class TokenForest:
         total = sum(len(s) for s in sequences)
         return cls(
             torch.from_numpy(ids), torch.from_numpy(positions), nodes, [t.ancestors for t in built], slots,
-            source, target, owner, total - sum(len(t.ids) for t in built),
+            source, target, owner, total - sum(len(t.ids) for t in built), prefixes,
         )  # fmt: skip
 
     def rows(self) -> list[np.ndarray]:
@@ -227,8 +233,10 @@ class TokenForest:
             real = node >= 0
             k = int(real.sum())
             seen = family[np.ix_(node[:k], node[:k])] & (position[i, None, :k] <= position[i, :k, None])
+            if self.prefixes:
+                seen[: self.prefixes[i], : self.prefixes[i]] = True
             if window is not None:
-                seen &= position[i, :k, None] - position[i, None, :k] < window
+                seen &= np.abs(position[i, :k, None] - position[i, None, :k]) < window
             out[i, :k, :k] = seen
         out[:, np.arange(n), np.arange(n)] = True
         return torch.from_numpy(out)[:, None]

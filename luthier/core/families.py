@@ -220,10 +220,12 @@ class CausalLM(Family):
     def hidden(self, forest: TokenForest) -> Tensor:
         """[bins, length, d] the last hidden state, as the head sees it."""
         ids = forest.ids.to(self.device)
+        if forest.prefixes and (self.is_prompted or not self.can_share):
+            raise ModelError("This model takes no attention mask of our own, so no part of a row can be read in both directions; use causal attention.")
         if self.is_prompted:
             return self._hidden_behind_prompt(ids, torch.from_numpy(forest.nodes >= 0).to(self.device))
         inputs: dict[str, Any] = {"input_ids": ids, "use_cache": False}
-        if not forest.is_flat:
+        if not forest.is_flat or forest.prefixes:
             inputs |= {"position_ids": forest.positions.to(self.device), "attention_mask": self._masks(forest)}
         return self.enter(lambda: self.decoder(**inputs).last_hidden_state)
 
