@@ -64,7 +64,7 @@ class Residual:
 
     def _block(self, where: ModelMap, i: int, path: str, block: nn.Module) -> Block:
         def one(kind: Any) -> nn.Linear:
-            found = list(where.projections(kind, i).values())
+            found = [_base(m) for m in where.projections(kind, i).values()]
             if len(found) != 1 or not isinstance(found[0], nn.Linear):
                 raise self._refused(f"block {i} has no single '{kind}' layer")
             return found[0]
@@ -72,8 +72,8 @@ class Residual:
         norms = [m for m in block.children() if _is_norm(m)]
         if len(norms) != 2:
             raise self._refused(f"block {i} has {len(norms)} norms and not one before attention and one before the feed-forward")
-        first = [m for kind in ("ffn_gate", "ffn_input") for m in where.projections(kind, i).values() if isinstance(m, nn.Linear)]  # type: ignore[arg-type]
-        if not first:
+        first = [_base(m) for kind in ("ffn_gate", "ffn_input") for m in where.projections(kind, i).values()]  # type: ignore[arg-type]
+        if not first or not all(isinstance(m, nn.Linear) for m in first):
             raise self._refused(f"the first layers of the feed-forward in block {i} are not known")
         attention = where.network.get_submodule(next(iter(where.projections("attention_output", i)), path).rpartition(".")[0])
         return Block(attention, one("query"), one("key"), one("value"), one("attention_output"), first, one("ffn_output"), (norms[0], norms[1]), path)
@@ -157,6 +157,11 @@ def rotate_outputs(layer: nn.Linear, rotation: Rotation, back: bool = False) -> 
     layer.weight.copy_(turn(layer.weight.float().T).T)
     if layer.bias is not None:
         layer.bias.copy_(turn(layer.bias.float()))
+
+
+def _base(module: Any) -> Any:
+    """The layer itself, without an adapter's shell round it."""
+    return getattr(module, "base_layer", module)
 
 
 def _is_norm(module: nn.Module) -> bool:
