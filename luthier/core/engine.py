@@ -25,7 +25,7 @@ from luthier.core.hooks import checkpoint_contexts
 from luthier.core.journal import Journal
 from luthier.core.loss import Loss, of
 from luthier.core.plan import Learned, Micro, Outcome, Plan, rate
-from luthier.core.plugin import Group, Parts, Plugin, Step, Turn, defines
+from luthier.core.plugin import Group, Parts, Plugin, Step, Turn, defines, give_up
 from luthier.core.resume import restore, stop_signals, write
 from luthier.core.rowscores import RowScores
 from luthier.errors import RecipeError
@@ -117,6 +117,7 @@ class Engine:
     def _take(self, plugin: Plugin, parts: Parts) -> None:
         for group in parts.groups:
             group.options.setdefault("owner", f"{plugin.axis}/{plugin.name}")
+        give_up(self.groups, parts.groups)
         self.groups += parts.groups
         self.parts[f"{plugin.axis}/{plugin.name}"] = parts
         for name, module in parts.modules.items():

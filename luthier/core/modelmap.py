@@ -96,7 +96,7 @@ class ModelMap:
     def __init__(self, network: Any) -> None:
         self.network: nn.Module = getattr(network, "network", network)
         inner = self.network
-        self.config: Any = getattr(inner.get_base_model() if hasattr(inner, "peft_config") else inner, "config", None)
+        self.config: Any = getattr(inner.get_base_model() if hasattr(inner, "get_base_model") else inner, "config", None)
 
     @cached_property
     def _modules(self) -> dict[str, nn.Module]:

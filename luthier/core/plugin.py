@@ -175,3 +175,11 @@ def defines(plugin: Plugin | type[Plugin], hook: str) -> bool:
     """Whether a plug-in, or its class, gives its own version of a hook."""
     base = getattr(Plugin, hook, None)
     return getattr(plugin if isinstance(plugin, type) else type(plugin), hook, base) is not base
+
+
+def give_up(groups: Iterable[Group], newer: Iterable[Group]) -> None:
+    """What a later plug-in names again is its own: it leaves the earlier groups, so that no parameter is in two."""
+    named = {id(p) for group in newer for p in group.params.values()}
+    for group in groups:
+        if any(id(p) in named for p in group.params.values()):
+            group.params = {n: p for n, p in group.params.items() if id(p) not in named}

@@ -268,7 +268,9 @@ class Stage:
             for plugin in plan.plugins:
                 if not (alone and plugin is first):
                     stack.enter_context(plugin.folded(plan.model))
+            adapted = hasattr(plan.model.network, "peft_config")
             family = self._combined(plan, ctx)
+            alone &= hasattr(family.network, "peft_config") == adapted  # a compressor may have merged the adapter into the weights
             with checkpoint.disk_errors(self.folder, "model", tuple(checkpoint.REASONS)):
                 first.export(family, writing) if alone else save_network(merged(family), writing)
         shutil.rmtree(target, ignore_errors=True)

@@ -242,8 +242,11 @@ def merges_bfloat16(case: Case) -> None:
 def compresses_plain_dicts(case: Case) -> None:
     update = {"a": torch.randn(8, 8), "b": torch.randn(8)}
     kept = copy.deepcopy(update)
-    lighter = dict(case.build().compress(update))
+    lighter = allowed(case.build().compress, update)
     ensure(same(update, kept), "it changes the update it is given")
+    if lighter is None:  # one that shrinks whole networks says so
+        return
+    lighter = dict(lighter)
     ensure(set(lighter) == set(update) and all(lighter[k].shape == update[k].shape for k in update), "names or shapes change")
 
 

@@ -1,0 +1,110 @@
+"""PV-Tuning's two steps: what may move in each, the exact nearest code, and Adam with trust ratios elsewhere."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from luthier.core.plugin import Group
+from luthier.core.quant import VectorQuant
+from luthier.errors import RecipeError
+from luthier.optimize.pv_tuning import PVTuning, pv_tuning
+
+
+def normal(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def coded(count=1, **fields):
+    """A coded matrix with a gradient, and the optimizer that holds it."""
+    quant = VectorQuant.fit(normal(16, 12), group=4, size=6, count=count)
+    weight = nn.Parameter(quant().detach().clone())
+    groups = [Group("codes", {"layer.weight": weight}, options={"quantised": {"layer": quant}}), Group("codebook", {"c": quant.codebooks, "s": quant.scales})]
+    weight.grad = normal(16, 12, seed=1)
+    quant.chain(weight.grad)
+    return quant, weight, PVTuning(**fields).build(groups)
+
+
+@pytest.mark.parametrize("share", [0.01, 0.1, 1.0])
+def test_the_v_step_changes_few_groups_to_their_nearest_codes_and_no_value(share):
+    quant = VectorQuant.fit(normal(16, 12), group=4, size=6)
+    before, books, scales = quant.codes.clone(), quant.codebooks.clone(), quant.scales.clone()
+    now, reference = quant().detach(), normal(16, 12, seed=3)
+    changed = pv_tuning(quant, reference, share)
+    assert torch.equal(quant.codebooks, books) and torch.equal(quant.scales, scales)
+    limit = math.ceil(share * quant.groups)
+    moved = (quant.codes != before).any(0)
+    assert int(moved.sum()) == changed <= limit
+    far = (reference - now).reshape(-1, 4).norm(dim=1).topk(limit).indices
+    assert set(moved.nonzero()[:, 0].tolist()) <= set(far.tolist())
+    units = (reference / scales).detach().reshape(-1, 4)[far]
+    assert torch.equal(quant.codes[0, far].long(), torch.cdist(units, books[0].detach()).argmin(1))
+
+
+def test_the_trust_region_undoes_the_smallest_changes():
+    quant = VectorQuant.fit(normal(16, 12), group=4, size=6)
+    old = quant().detach()
+    changed = pv_tuning(quant, normal(16, 12, seed=3), 1.0, trust=0.5)
+    assert 0 < changed < quant.groups and float((quant().detach() - old).norm() / old.norm()) <= 0.5 + 1e-6
+
+
+def test_a_step_without_a_gradient_of_codes_is_a_p_step():
+    quant, weight, optimizer = coded()
+    weight.grad, codes, books = None, quant.codes.clone(), quant.codebooks.detach().clone()
+    optimizer.step()
+    assert torch.equal(quant.codes, codes) and not torch.equal(quant.codebooks, books)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.5, 1.0])
+def test_weights_are_always_what_the_codes_say(decay):
+    quant, weight, optimizer = coded(delta_decay=decay, code_lr=2.0, max_change=0.1)
+    optimizer.step()
+    assert torch.equal(weight, quant().detach()) and 0 < optimizer.changed <= math.ceil(0.1 * quant.groups)
+    assert ("buffer" in optimizer.state[weight]) == (decay < 1)
+
+
+def test_small_steps_change_codes_only_through_the_buffer():
+    """The paper's starting point: rounding a small step gives back the codes; a buffer collects the steps."""
+    flips = {}
+    for decay in (0.0, 1.0):
+        quant, weight, optimizer = coded(delta_decay=decay, code_lr=0.02, max_change=1.0, lr=1e-9)
+        total = 0
+        for _ in range(100):
+            weight.grad = normal(16, 12, seed=1)
+            optimizer.step()
+            total += optimizer.changed
+        flips[decay] = total
+    assert flips[1.0] == 0 and flips[0.0] > 5
+    quant, weight, optimizer = coded(delta_decay=1.0, code_lr=0.01, max_change=0.05, force=True)
+    optimizer.step()
+    assert optimizer.changed == math.ceil(0.05 * quant.groups)
+
+
+def test_the_plain_update_is_adam_times_the_trust_ratio():
+    start, grads = normal(5, 3), [normal(5, 3, seed=s) for s in (1, 2)]
+    mine, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
+    own, adam = PVTuning(lr=1e-2, lamb=False).build([("w", mine)]), torch.optim.Adam([theirs], lr=1e-2, betas=(0.9, 0.95), eps=1e-8)
+    for g in grads:
+        mine.grad, theirs.grad = g.clone(), g.clone()
+        own.step()
+        adam.step()
+        torch.testing.assert_close(mine, theirs)
+    scaled = nn.Parameter(start.clone())
+    scaled.grad = grads[0].clone()
+    PVTuning(lr=1e-2).build([("w", scaled)]).step()
+    assert float((scaled.detach() - start).norm() / start.norm()) == pytest.approx(1e-2, rel=1e-4)
+    nothing = nn.Parameter(torch.zeros(3))
+    nothing.grad = torch.ones(3)
+    PVTuning(lr=1e-2).build([("w", nothing)]).step()
+    torch.testing.assert_close(nothing.detach(), torch.full((3,), -1e-2))
+
+
+def test_bad_values_are_refused():
+    for bad in ({"lr": 0.0}, {"code_lr": -1.0}, {"delta_decay": 1.5}, {"max_change": 0.0}, {"beam": 0}, {"trust": 0.0}, {"betas": (0.9, 1.0)}):
+        with pytest.raises(RecipeError, match=next(iter(bad))):
+            PVTuning(**bad)
+    with pytest.raises(RecipeError, match="several codebooks"):
+        coded(count=2, force=True)
