@@ -11,7 +11,16 @@ import torch
 from torch import Tensor
 
 from luthier.catalog import register
-from luthier.core.landscape import Landscape, Value, average_sharpness, barrier, between, collated, layers, worst_sharpness
+from luthier.core.landscape import (
+    Landscape,
+    Value,
+    average_sharpness,
+    barrier,
+    between,
+    collated,
+    layers,
+    worst_sharpness,
+)
 from luthier.core.source import TensorSource
 from luthier.errors import ModelError, RecipeError
 from luthier.measure import Measure, Measures

@@ -3,11 +3,11 @@ import pytest
 import torch
 
 from luthier.core.context import Context
+from luthier.core.source import TensorSource
 from luthier.errors import RecipeError
 from luthier.merge._sparsified import combined
 from luthier.merge.dare import DareLinear, DareTies, dare
 from luthier.merge.task_arithmetic import task_arithmetic
-from luthier.core.source import TensorSource
 
 
 def normal(*shape, seed=0):

@@ -48,7 +48,7 @@ def pair():
 
 
 def test_it_finds_the_layers_with_the_highest_barriers(pair):
-    base, tuned = pair
+    tuned = pair[1]
     rows = Rows.of(toys.rows(frozenset({"image", "label"}), 12))
     state_0, state_1 = ({n: t.clone() for n, t in m.network.state_dict().items()} for m in pair)
     view = Landscape(tuned, collated(tuned, rows))
