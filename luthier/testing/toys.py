@@ -90,6 +90,8 @@ def recipe(choices: Mapping[str, type | str], family: str, folder: Path) -> dict
 def entry(cls: Any, options: Mapping[str, Any] | None = None) -> Any:
     """A method with its toy fields (or others) as a recipe writes it."""
     made = {"method": spec_of(cls), **(cls.toy if options is None else options)}
+    if cls.axis == "merge" and getattr(cls, "toy_models", ()):
+        made["of"] = ["this", *cls.toy_models]
     return [made] if cls.axis in ("curate", "synthesize", "measure", "compress") else made
 
 

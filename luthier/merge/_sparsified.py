@@ -1,0 +1,111 @@
+"""What the mergers share that drop entries of each update at random (dare, della): chance by name, rescaling, adding up."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from luthier.core.context import seed_of
+from luthier.core.source import TensorSource
+from luthier.errors import RecipeError
+from luthier.merge._shared import VectorMerger, deltas, weights_of
+
+if TYPE_CHECKING:
+    from luthier.core.context import Context
+
+Rescale = Literal["l1", "density", "none"]
+NOTHING = 1e-7
+"""An update whose absolute values sum to less than this is not rescaled."""
+
+
+def chance(name: str, shape: SequenceOf[int], seed: int) -> Tensor:
+    """Numbers in [0, 1) that depend on the tensor's name and the seed alone: read twice, or read alone, a tensor loses the same entries."""
+    return torch.rand(tuple(shape), generator=torch.Generator().manual_seed(seed_of("sparsified", seed, name)))
+
+
+def thinned(x: Tensor, keep: float | Tensor, draw: Tensor, rescale: Rescale = "l1") -> Tensor:
+    """The entries of x whose number in `draw` is below `keep` (a probability, or one for every entry); the others are 0.
+
+    `l1` then multiplies all by ||x||_1 / ||kept||_1, `density` divides each by its probability, `none` leaves them."""
+    kept = x.masked_fill(~(draw.to(x.device) < (keep if isinstance(keep, float) else keep.to(x.device))), 0)
+    if rescale == "density":
+        return kept / keep if isinstance(keep, Tensor) or keep > 0 else kept
+    if rescale == "l1":
+        before, after = x.abs().sum(), kept.abs().sum()
+        if before >= NOTHING and after >= NOTHING:
+            return kept.mul_(before / after)
+    return kept
+
+
+def combined(
+    updates: SequenceOf[TensorSource], weights: SequenceOf[float] | None = None, scale: float = 1.0, agree: bool = False, normalise: bool = False
+) -> TensorSource:  # fmt: skip
+    """scale * sum_i w_i d_i; with `agree` only of the entries whose sign is that of the sum (+ where it is 0).
+
+    `normalise` divides by the weights that took part, where those do not cancel."""
+    w = weights_of(weights, len(updates))
+
+    def read(name: str) -> Tensor:
+        first = updates[0][name]
+        if not first.is_floating_point():
+            return first
+        values = [weight * update[name] for weight, update in zip(w, updates)]
+        total = torch.stack(values).sum(0) if len(values) > 1 else values[0]
+        if not agree:
+            share = sum(w)
+            return scale * total / (share if normalise and abs(share) >= 1e-8 else 1.0)
+        sign = torch.where(total >= 0, 1.0, -1.0).to(total.dtype)
+        total, shares = torch.zeros_like(total), torch.zeros_like(total)
+        for weight, value in zip(w, values):
+            takes_part = value.sign() == sign
+            total += value.masked_fill(~takes_part, 0)
+            shares += weight * takes_part
+        return scale * (total / shares.masked_fill(shares == 0, 1) if normalise else total)
+
+    return TensorSource(updates[0], read, updates[0].meta, updates[0].aliases)
+
+
+@dataclass
+class Sparsified(VectorMerger):
+    """Every update loses entries at random, then the updates are added up."""
+
+    density: float = 0.5
+    """The share of every update's entries that is kept."""
+    scale: float = 1.0
+    """What the merged update is multiplied by (mergekit's lambda)."""
+    weights: list[float] | None = None
+    """One weight for each model; all 1 if not given."""
+    normalise: bool = False
+    """Divide by the weights that took part: a mean instead of a sum."""
+    rescale: Literal["l1", "density", "none"] = "l1"
+    """What makes up for the dropped entries: `l1` keeps the update's sum of absolute values, `density` divides by the probability to be kept."""
+    seed: int | None = None
+    """Seed of the choice; the run's if not given."""
+    skip: list[str] = field(default_factory=list)
+    """Tensors to leave as the base has them: names, leading parts of names, or globs. Task heads belong here."""
+
+    agree: ClassVar[bool] = False
+    """Whether a sign is elected for every entry."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.density <= 1:
+            raise RecipeError(f"`density` of {self.name} is {self.density}; it is the share of entries kept, from 0 to 1.")
+
+    def sparse(self, update: TensorSource, seed: int) -> TensorSource:
+        """One update without the entries that chance drops."""
+        raise NotImplementedError
+
+    def update(self, base: Any, tuned: SequenceOf[Any], ctx: Context | None = None) -> TensorSource:
+        seed = self.seed if self.seed is not None else ctx.seed if ctx is not None else 0
+        sparse = [self.sparse(update, seed_of(seed, i)) for i, update in enumerate(deltas(base, tuned, self.skip))]
+        return combined(sparse, self.weights, self.scale, self.agree, self.normalise)
+
+
+def by_name(update: TensorSource, change: Any) -> TensorSource:
+    """`change(x, name)` of every floating tensor, lazily; tied tensors go by the name that comes first."""
+    changed = update.map_named(lambda name, x: change(x, update.aliases.get(name, name)) if x.is_floating_point() else x)
+    return TensorSource(update, changed.__getitem__, update.meta, update.aliases)
