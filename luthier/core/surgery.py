@@ -13,11 +13,31 @@ change of the entries whose age differs from Adam's own count by the change that
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import copy
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+
+@contextmanager
+def rewind(optimizer: Any) -> Iterator[dict[Tensor, Tensor]]:
+    """Try steps and take them back: weights, moments and counts of all that the optimizer holds are afterwards what they were, bit for bit.
+
+    Yields the weights as they were, by parameter. Restoring weights alone would leave the trial's gradient in the moments."""
+    inner = getattr(optimizer, "optimizer", optimizer)
+    weights = {p: p.detach().clone() for group in inner.param_groups for p in group["params"]}
+    state = {p: {k: v.clone() if isinstance(v, Tensor) else copy.deepcopy(v) for k, v in held.items()} for p, held in inner.state.items()}
+    try:
+        yield weights
+    finally:
+        with torch.no_grad():
+            for p, old in weights.items():
+                p.copy_(old)
+        inner.state.clear()
+        inner.state.update(state)
 
 
 def edit_optimizer(optimizer: Any) -> Editor:
