@@ -90,7 +90,7 @@ class Operator(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         change = nn.functional.linear(nn.functional.linear(x, self.down.to(x.dtype)), self.up.to(x.dtype))
-        return (self.gain * self.mask()).to(x.dtype) * (x + change)
+        return (self.gain * self.mask()).to(x.dtype) * (x + change)  # type: ignore[operator]  # a function, not a tensor
 
     def matrix(self) -> Tensor:
         """T = diag(v) (I + U D), without the mask."""
@@ -130,7 +130,7 @@ def shrink(residual: Residual, maps: list[Tensor], channels: Tensor) -> None:
     for norm, readers in residual.reading():
         norm.weight = nn.Parameter(norm.weight[channels] * math.sqrt(width / kept))  # type: ignore[index]
         if hasattr(norm, "variance_epsilon"):
-            norm.variance_epsilon *= width / kept  # type: ignore[operator]
+            norm.variance_epsilon *= width / kept  # type: ignore[operator, assignment]
         for reader in readers:
             reader.weight = nn.Parameter(reader.weight[:, channels].clone())
             reader.in_features = kept

@@ -86,7 +86,7 @@ class PVTuning(Compressor):
             self._layers[name] = (layer, quant.to(layer.weight.device))
         self._decode()
         held = nn.ModuleDict({name.replace(".", "/"): quant for name, (_, quant) in self._layers.items()})
-        weights = {f"{name}.weight": layer.weight for name, (layer, _) in self._layers.items()}
+        weights: dict[str, nn.Parameter] = {f"{name}.weight": layer.weight for name, (layer, _) in self._layers.items()}  # type: ignore[misc]
         groups = [
             Group("codes", weights, options={"quantised": {n.removesuffix(".weight"): self._layers[n.removesuffix(".weight")][1] for n in weights}}),
             Group("codebook", {f"{n}.codebooks": q.codebooks for n, (_, q) in self._layers.items()}),

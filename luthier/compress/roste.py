@@ -168,7 +168,7 @@ class _Seen:
             net.caches[i].watch = cache
         try:
             with model.evaluating():
-                for run, self.mask in passes(model, rows):
+                for run, self.mask in passes(model, rows):  # type: ignore[assignment]
                     run()
         finally:
             for handle in handles:

@@ -83,6 +83,7 @@ class Depths:
     def forget(self, length: int) -> None:
         """Only the first `length` tokens were right. Nothing may wait."""
         for layer in self.cache.layers:
+            assert hasattr(layer, "get_seq_length") and hasattr(layer, "crop")  # plain attention, as `check` has seen
             excess = layer.get_seq_length() - length
             if excess > 0:
                 layer.crop(-excess)
@@ -154,11 +155,11 @@ class Exiting(Wrapped):
 
     def _next(self, text: Depths, so_far: list[int], head: Callable[..., Any], rng: torch.Generator, info: dict[str, Any]) -> list[int]:
         """One token, from the first exit that is sure."""
-        for piece, depth in enumerate(self.depths):
+        for piece in range(len(self.depths)):
             p, plain = head(text.through(piece)[-1], so_far)
             if piece == len(self.depths) - 1 or float(plain.max()) > self.settings.threshold:
                 break
-        info["depths"].append(depth)
+        info["depths"].append(self.depths[piece])
         token = _draw(p, rng)
         text.read([token])
         return [token]

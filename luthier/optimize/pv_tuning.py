@@ -106,7 +106,7 @@ class PVTuning(Optimizer):
                 made.append(part)
         refuse(self.force and any(len(q.codebooks) > 1 for q in quantised.values()), "force", True, "false where there are several codebooks")
         settings = {"decay": self.delta_decay, "share": self.max_change, "beam": self.beam, "force": self.force, "trust": self.trust}
-        return PVOptimizer(made, quantised, settings, self.lr, self.betas, self.eps, self.lamb)
+        return PVOptimizer(made, quantised, settings, self.lr, self.betas, self.eps, self.lamb)  # type: ignore[arg-type]  # parameters are tensors
 
     def after_step(self, step: Any, ctx: Context | None) -> None:
         optimizer = step.optimizer

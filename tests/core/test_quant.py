@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -82,7 +84,7 @@ def test_lloyds_alternation_never_raises_the_error():
         for k in quant.codes[0].unique():
             quant.codebooks.data[0, k] = units[quant.codes[0] == k].mean(0)
         errors.append(float(((quant() - w) / quant.scales).square().sum()))
-    assert all(b <= a * (1 + 1e-6) for a, b in zip(errors, errors[1:])) and errors[-1] < errors[0]
+    assert all(b <= a * (1 + 1e-6) for a, b in pairwise(errors)) and errors[-1] < errors[0]
 
 
 def test_beam_search_of_two_codebooks_never_raises_the_error_and_can_find_the_best():
