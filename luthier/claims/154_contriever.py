@@ -18,6 +18,9 @@ claim = Claim(
     departs="A fresh encoder of 0.6 M parameters (the paper starts from BERT) sees 300 batches of 64 passages of 20 tokens, of the very collection that is searched. "
     "Questions are templates and share names with their passages, which suits BM25. Embeddings are normalised, a queue of 1,024, momentum for a short run; recall at 10 of 4,000 "
     "passages, as BM25 finds all at 100.",
+    reason="An encoder that starts from nothing and reads 300 batches learns to search (0.43 against 0.35 untrained, 0.55 with in-batch negatives), but not to match names, which "
+    "is all that BM25 needs here: questions share their rare words with the passage. The paper starts from BERT and reads half a million batches of 2,048. In-batch "
+    "negatives win at this size, where momentum keys of a fast-changing encoder lag behind it.",
 )
 GRID = {"lr": (3e-4, 1e-3, 3e-3)}
 """Higher than the library's usual one: everything starts fresh."""
