@@ -46,7 +46,8 @@ def pull_back(network: nn.Module, tensors: Mapping[str, Tensor], losses: Iterabl
     """The sum of the losses at computed weights. Their gradient goes on into whatever the weights were computed from, never into the network.
 
     Each loss is differentiated by the weights before the next is computed; all their gradients pass the computation of the weights once."""
-    total, grads = 0.0, {}
+    total = 0.0
+    grads: dict[str, Tensor] = {}
     with at_weights(network, tensors) as params:
         wanted = {name: p for name, p in params.items() if tensors[name].requires_grad}
         network.requires_grad_(False)
