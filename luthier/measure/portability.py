@@ -122,7 +122,8 @@ class Portability(Measure):
             return Measures(notes=[f"Portability compares with an old base and its fine-tune; add `models: {{{missing[0]}: MODEL}}`."])
         base = ctx.model("base")
         states = [dict(_plain(f)) for f in (ctx.model(self.old), base, ctx.model(self.patched), model)]
-        out = portability(*states, rank=self.rank)  # type: ignore[arg-type, misc]  # four of them
+        old, new, patched, tuned = states
+        out = portability(old, new, patched, tuned, self.rank)
         if rows is not None and len(rows) and {"score", "classify"} & model.verbs:
             self._scores(states, base, model, rows, ctx, out)
         return out
