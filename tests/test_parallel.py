@@ -65,10 +65,10 @@ def test_sharded_checkpoints_hold_every_row_once(runs):
     parts = []
     for file in files:
         with safe_open(file, framework="pt") as held:
-            parts.append({k: held.get_slice(k).get_shape() for k in held})
+            parts.append({k: held.get_slice(k).get_shape() for k in held.keys()})  # noqa: SIM118
     assert parts[0].keys() == parts[1].keys()
     with safe_open(newest / "state.safetensors", framework="pt") as held:
-        assert not any("weights" in k and "buffer" not in k for k in held)
+        assert not any("weights" in k and "buffer" not in k for k in held.keys())  # noqa: SIM118
     whole = weights(runs / "full-fsdp" / "run")
     rows = {k.split("/")[-1]: parts[0][k][0] + parts[1][k][0] for k in parts[0] if k.startswith("s.weights")}
     assert rows and all(n == len(whole[k]) for k, n in rows.items() if k in whole)

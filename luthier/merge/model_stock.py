@@ -64,7 +64,7 @@ class ModelStock(VectorMerger):
 
     def check(self, recipe: Any) -> str | None:
         named = [n for n in getattr(recipe, "merge_of", None) or [] if n != "base"]
-        return None if len(named) >= 2 else _TOO_FEW.format(max(1, len(named)))
+        return None if not named or len(named) >= 2 else _TOO_FEW.format(len(named))  # what a page shows names none
 
     def update(self, base: Any, tuned: SequenceOf[Any], ctx: Context | None = None) -> TensorSource:
         updates = deltas(base, tuned, self.skip)

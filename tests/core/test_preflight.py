@@ -239,7 +239,7 @@ def test_other_families_are_only_estimated():
 def test_before_training_says_it_all(network):
     recipe = types.SimpleNamespace(select=[], budget=None,
         data=types.SimpleNamespace(train_on="completion", max_length=None),
-        train=types.SimpleNamespace(steps=None, epochs=2.0, batch=2, tokens_per_micro_batch=64, gradient_checkpointing=False, device="cpu"),
+        train=types.SimpleNamespace(steps=None, epochs=2.0, batch=2, tokens_per_micro_batch=64, gradient_checkpointing=False, device="cpu", parallel="auto"),
         adapt=[types.SimpleNamespace(options={"rank": 2}, build=lambda: None)],
     )
     lines = before_training(family(network), Rows([ROW] * 5), recipe)

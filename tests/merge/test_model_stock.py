@@ -75,6 +75,6 @@ def test_one_model_is_refused_before_anything_is_loaded(state):
         ModelStock().merge(state(0), [state(1)])
     from luthier.recipe import Recipe, check
 
-    plan = {"model": "m", "data": {"train": [{"prompt": "a", "completion": "b"}]}, "merge": "model-stock"}
+    plan = {"model": "m", "data": {"train": [{"prompt": "a", "completion": "b"}]}, "merge": {"method": "model-stock", "of": ["this"]}}
     with pytest.raises(RecipeError, match="model-stock compares two"):
         check(Recipe.from_dict(plan))
