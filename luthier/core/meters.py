@@ -175,7 +175,7 @@ class _Calls(TorchFunctionMode):
             return out
         tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         mine = [t for t in tensors if id(t) in self.names]
-        if mine and func in _LOOKS or not mine and self.flops.forward == before:
+        if (mine and func in _LOOKS) or (not mine and self.flops.forward == before):
             return out
         level = self._level(func, tensors, mine)
         if self.flops.forward > before:
@@ -245,7 +245,8 @@ class _Calls(TorchFunctionMode):
         return BackwardCosts(names, [dw[n] for n in names], dy, self.flops.forward, self.flops.backward, fixed)
 
 
-_LOOKS = frozenset({Tensor.requires_grad.__get__, Tensor.requires_grad_, Tensor.grad.__get__, Tensor.data.__get__, Tensor.detach})  # type: ignore[attr-defined]
+_TENSOR: Any = Tensor
+_LOOKS = frozenset({_TENSOR.requires_grad.__get__, _TENSOR.requires_grad_, _TENSOR.grad.__get__, _TENSOR.data.__get__, _TENSOR.detach})
 """What is done to a parameter without using its value."""
 
 

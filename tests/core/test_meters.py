@@ -53,7 +53,7 @@ def test_saved_bytes_are_the_inputs_that_gradients_need():
     net[0].requires_grad_(False)
     with saved_bytes(net) as saved:
         out = net(x)
-    assert saved.now == 4 * 5 * 4
+    assert saved.now == 4 * 5 * 4 and out.requires_grad
     with saved_bytes() as saved, torch.no_grad():
         net(x)
     assert saved.peak == 0
