@@ -51,7 +51,7 @@ def lemo(scores: Tensor, length: int, block: int, ratio: float = 0.5, threshold:
     as the row with the most has. A last block that is not full always stays, so that all rows keep as many tokens."""
     n = scores.shape[1]
     ragged = n * block - length
-    number = -(-int(round(ratio * n * 1e9)) // 10**9)
+    number = -(-round(ratio * n * 1e9) // 10**9)
     if threshold is not None:
         number = int((scores >= threshold * scores.amax(1, keepdim=True)).sum(1).max())
     if ragged:
