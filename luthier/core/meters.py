@@ -226,7 +226,9 @@ class _Calls(TorchFunctionMode):
             return new
 
         devices = [t.device for t in wanted[:1] if t.device.type == "cuda"]
-        with torch.enable_grad(), torch.random.fork_rng(devices=devices):
+        # hooks of its own, so that a checkpoint around the call does not count what the replay saves
+        own_hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)
+        with torch.enable_grad(), torch.random.fork_rng(devices=devices), own_hooks:
             out = func(*tree_map(own, args), **tree_map(own, kwargs))
             outputs = [t for t in tree_leaves(out) if isinstance(t, Tensor) and t.requires_grad]
             torch.autograd.grad(outputs, inputs, [torch.ones_like(t) for t in outputs], allow_unused=True)
@@ -245,7 +247,8 @@ class _Calls(TorchFunctionMode):
         return BackwardCosts(names, [dw[n] for n in names], dy, self.flops.forward, self.flops.backward, fixed)
 
 
-_LOOKS = frozenset({Tensor.requires_grad.__get__, Tensor.requires_grad_, Tensor.grad.__get__, Tensor.data.__get__, Tensor.detach})  # type: ignore[attr-defined, union-attr]
+_TENSOR: Any = Tensor
+_LOOKS = frozenset({_TENSOR.requires_grad.__get__, _TENSOR.requires_grad_, _TENSOR.grad.__get__, _TENSOR.data.__get__, _TENSOR.detach})
 """What is done to a parameter without using its value."""
 
 

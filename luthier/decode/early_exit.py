@@ -82,8 +82,8 @@ class Depths:
 
     def forget(self, length: int) -> None:
         """Only the first `length` tokens were right. Nothing may wait."""
-        for layer in self.cache.layers:
-            assert hasattr(layer, "get_seq_length") and hasattr(layer, "crop")  # plain attention, as `check` has seen
+        layers: list[Any] = list(self.cache.layers)
+        for layer in layers:
             excess = layer.get_seq_length() - length
             if excess > 0:
                 layer.crop(-excess)
@@ -155,10 +155,11 @@ class Exiting(Wrapped):
 
     def _next(self, text: Depths, so_far: list[int], head: Callable[..., Any], rng: torch.Generator, info: dict[str, Any]) -> list[int]:
         """One token, from the first exit that is sure."""
-        for piece in range(len(self.depths)):
+        piece = 0
+        p, plain = head(text.through(0)[-1], so_far)
+        while piece < len(self.depths) - 1 and float(plain.max()) <= self.settings.threshold:
+            piece += 1
             p, plain = head(text.through(piece)[-1], so_far)
-            if piece == len(self.depths) - 1 or float(plain.max()) > self.settings.threshold:
-                break
         info["depths"].append(self.depths[piece])
         token = _draw(p, rng)
         text.read([token])

@@ -181,7 +181,7 @@ class GreenTrainer(Optimizer):
             optimizer.step()
             change = {n: p.detach() - before[p] for n, p in params.items() if p.grad is not None}
             closure()
-            gain = {n: -float((grad * c).sum()) if (grad := params[n].grad) is not None else 0.0 for n, c in change.items()}
+            gain = {n: -float((g * c).sum()) for n, c in change.items() if (g := params[n].grad) is not None}
         largest = max(map(abs, gain.values()), default=0.0) or 1.0
         self.importance = {n: gain.get(n, 0.0) / largest for n in params}
         budget = backward_budget(costs, self.share)

@@ -53,8 +53,7 @@ def test_saved_bytes_are_the_inputs_that_gradients_need():
     net[0].requires_grad_(False)
     with saved_bytes(net) as saved:
         out = net(x)
-    assert saved.now == 4 * 5 * 4
-    del out
+    assert saved.now == 4 * 5 * 4 and out.requires_grad
     with saved_bytes() as saved, torch.no_grad():
         net(x)
     assert saved.peak == 0
@@ -113,3 +112,13 @@ def test_frozen_parts_have_no_price_and_randomness_is_left_alone():
     assert costs.dw == [2 * 7 * 4 * 3, 0, 2 * 7 * 5 * 4, 0] and costs.dy == [0, 2 * 7 * 4 * 3, 0, 0]
     assert costs.fixed == 0 and costs.backward == sum(costs.dw) + sum(costs.dy)
     assert list(itertools.accumulate(costs.dy))[-1] == 168
+
+
+def test_checkpointed_parts_are_measured_and_what_is_computed_again_is_fixed():
+    first, second, x = nn.Linear(6, 5), nn.Linear(5, 4), torch.randn(7, 6)
+    params = {"first": first.weight, "second": second.weight}
+    with backward_costs(params) as result:
+        checkpoint(lambda h: second(h).tanh(), first(x), use_reentrant=False).sum().backward()
+    costs = result()
+    assert costs.names == ["second", "first"] and costs.dw == [280, 420] and costs.dy == [280, 0]
+    assert costs.fixed == 280 and costs.forward == 700 and costs.backward == 420 + 3 * 280

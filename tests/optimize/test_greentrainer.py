@@ -17,6 +17,8 @@ from luthier.core.meters import Flops
 from luthier.core.surgery import rewind
 from luthier.errors import RecipeError
 from luthier.optimize.greentrainer import GreenTrainer, backward_budget, cost, greentrainer
+from tests.helpers import tiny_llama
+from tests.objective.lm_batches import random_batch
 from tests.optimize.fakes import FakeClosure
 
 X, Y = torch.randn(16, 6, generator=torch.Generator().manual_seed(1)), torch.arange(16) % 4
@@ -123,6 +125,18 @@ def test_a_step_costs_what_was_promised_and_the_rest_rests(share):
         else:
             assert flops.backward == price and "greentrainer/operations" not in ctx.logged
     assert optimizer.state[network[6].weight]["step"] <= 7
+
+
+def test_a_language_model_whose_head_trains():
+    """Its logits are made in checkpointed chunks, and its head is tied to the embedding, the deepest tensor of all."""
+    model, ctx, batch = tiny_llama(layers=3, tie_word_embeddings=True), Context(), random_batch()
+    network = model.network.train()
+    tuner = GreenTrainer(lr=1e-3, share=0.6)
+    optimizer = tuner.build(network.named_parameters())
+    tuner.step(optimizer, FakeClosure(network, optimizer, lambda _: (-model.score(batch).logp.mean(), None)), ctx)
+    assert 0 < ctx.logged["greentrainer/operations"] <= 0.6 and tuner.chosen
+    assert tuner.costs.names[-1] == "model.embed_tokens.weight"
+    assert all((p.grad is None) and p.requires_grad == (n in tuner.chosen) for n, p in network.named_parameters())
 
 
 def test_choices_follow_epochs_and_survive_a_checkpoint():
