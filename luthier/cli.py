@@ -188,13 +188,19 @@ def _recipe(args: argparse.Namespace) -> Any:
     if len(words) > 1:
         raise UserError(f"One recipe at a time, not {' and '.join(words)}. Overrides are written key=value.")
     given = {k: _local(v) for k, v in (("model", args.model), ("data.train", args.data), ("data.test", args.test)) if v}
-    if not words and not (args.model and args.data):
+    named = {*given, *(word.split("=")[0] for word in overrides)}
+    if not words and not ("model" in named and named & {"data", "data.train"}):
         raise UserError("Name a recipe (luthier tune recipe.yaml), or a model and data: luthier tune --model smollm2-135m --data train.jsonl")
     if words and Path(words[0]).is_dir() and (Path(words[0]) / "recipe.yaml").is_file():
         args.run = args.run or words[0]
         words = [str(Path(words[0]) / "recipe.yaml")]
-    recipe = Recipe.load(words[0], overrides) if words else Recipe.from_dict({"model": given["model"], "data": {"train": given["data.train"]}}, overrides=overrides)
+    recipe = Recipe.load(words[0], overrides) if words else Recipe.from_dict(_start(given), overrides=overrides)
     return recipe.with_values(given) if given else recipe
+
+
+def _start(given: dict[str, str]) -> dict[str, Any]:
+    """The recipe of a model and data that the command line names."""
+    return {"model": given.get("model", ""), **({"data": {"train": given["data.train"]}} if "data.train" in given else {})}
 
 
 def _local(text: str) -> str:

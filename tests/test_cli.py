@@ -216,7 +216,14 @@ def test_the_command_lines_paths_lie_in_the_working_folder(call, here, fake, mon
 def test_tune_needs_something(call, fake):
     code, _, err = call("tune")
     assert code == 2 and "--model" in err
-    assert call("tune", "--model", "x")[0] == 2
+    assert call("tune", "--model", "x")[0] == 2 and call("tune", "model=x")[0] == 2
+
+
+def test_tune_takes_model_and_data_among_the_overrides(call, here, fake):
+    calls = fake("luthier.run", tune=lambda *a, **kw: None)
+    assert call("tune", "model=lm", "data=lab:traces", "train.steps=3")[0] == 0
+    recipe = calls[0][1][0]
+    assert recipe.data.streams == {"train": "lab:traces"} and recipe.train.steps == 3
 
 
 def test_stopping_says_how_to_go_on(call, here, fake):
