@@ -130,3 +130,11 @@ def test_what_several_processes_cannot_share_is_refused_once(tmp_path):
     for one, word in zip(found, ("spiel", "sm3")):
         assert [p["code"] for p in one["processes"]] == [2, 2]
         assert word in one["err"] and one["err"].count("\n") == 1 and not one["processes"][1]["err"]
+
+
+def test_a_loss_of_the_whole_batch_sees_all_rows_in_any_number_of_processes(tmp_path):
+    work = {"family": "text-encoder", "columns": frozenset({"anchor", "positive"}), "objective": {"method": "info-nce", "chunk": 2}, "optimize": {"method": "adamw", "lr": 1e-3}}
+    jobs = [job(tmp_path, "alone", 1, **work), job(tmp_path, "two", 2, "ddp", **work), job(tmp_path, "three", 3, "fsdp", **work)]
+    assert [one["code"] for one in attempts(tmp_path, jobs)] == [0, 0, 0]
+    for name in ("two", "three"):
+        torch.testing.assert_close(curve(tmp_path / name / "run"), curve(tmp_path / "alone" / "run"), atol=1e-4, rtol=1e-4)

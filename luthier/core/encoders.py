@@ -15,6 +15,7 @@ from luthier.core.batch import Batch, Sequence
 from luthier.core.families import Family
 from luthier.core.heads import Classifies
 from luthier.core.pixels import pixels
+from luthier.core.ranks import spread
 from luthier.core.scores import Head, TokenScores
 from luthier.errors import DataError, ModelError
 
@@ -110,7 +111,7 @@ class TextEncoder(Classifies, _Texts):
         inputs = self.padded(sequences)
         real = inputs["attention_mask"].bool()
         if not self.is_prompted:
-            return self.encoder(**inputs).last_hidden_state, real
+            return self.enter(lambda: self.encoder(**inputs).last_hidden_state), real
         hidden = self.network(**inputs, output_hidden_states=True).hidden_states[-1]
         return hidden[:, -real.shape[1] :], real
 
@@ -119,13 +120,16 @@ class TextEncoder(Classifies, _Texts):
         sequences = self._sequences(items, branch)
         if not sequences:
             raise DataError(f"There is nothing to embed{f' in the branch {branch!r}' if branch else ''}.")
+        return spread(sequences, self._chunked)
+
+    def _chunked(self, sequences: SequenceOf[Sequence]) -> Tensor:
         if torch.is_grad_enabled() or len(sequences) <= CHUNK:
             return self._pooled(sequences)
         order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
         parts = [self._pooled([sequences[i] for i in order[at : at + CHUNK]]) for at in range(0, len(order), CHUNK)]
         return torch.cat(parts)[torch.argsort(torch.tensor(order)).to(parts[0].device)]
 
-    def _pooled(self, sequences: list[Sequence]) -> Tensor:
+    def _pooled(self, sequences: SequenceOf[Sequence]) -> Tensor:
         hidden, real = self.states(sequences)
         return pool(hidden, real, self.pooling)
 
@@ -217,12 +221,19 @@ class DualEncoder(_Texts):
         branch = branch or self._branch_of(items)
         if branch == "image":
             given = _image_batch(lambda images: pixels(images, self.config, self.processor), items).tensors["image"]
-            return self.enter(lambda: _vector(self.base_network.get_image_features(pixel_values=given.to(self.device, self.dtype))))
+            return spread(list(given), self._image_vectors)
         sequences = self._sequences(items, branch)
         if not sequences:
             raise DataError(f"There is nothing to embed in the branch '{branch}'.")
+        return spread(sequences, self._text_vectors)
+
+    def _text_vectors(self, sequences: SequenceOf[Sequence]) -> Tensor:
         inputs = self.padded(sequences)
         return self.enter(lambda: _vector(self.base_network.get_text_features(input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"])))
+
+    def _image_vectors(self, images: Any) -> Tensor:
+        given = torch.stack(list(images))
+        return self.enter(lambda: _vector(self.base_network.get_image_features(pixel_values=given.to(self.device, self.dtype))))
 
     def _branch_of(self, items: Any) -> str:
         if isinstance(items, Batch):

@@ -61,6 +61,8 @@ class Engine:
         self.feed = Feed(plan, train, ctx, self.lead["batches"], self.lead["pick"])
         self.counts_rows = True
         """Whether the rows before this process are its own; False where there were fewer rows than processes."""
+        self.whole = any(o.whole_batch for o, _ in plan.objectives)
+        """Whether a loss couples the rows of a batch: then every process has all of them, and the work on them is spread."""
 
     def _only(self, hook: str) -> Plugin | None:
         found = [p for p in self.plan.plugins if defines(p, hook)]
@@ -231,8 +233,9 @@ class Engine:
         return batch if ranks.size() == 1 else batch.take(self._share(len(batch)))
 
     def _share(self, n: int) -> list[int]:
-        """This process's rows of `n`. One that gets none joins the others' passes with a row that does not count."""
-        mine = list(ranks.share(n))
+        """This process's rows of `n`: all of them where the loss is the whole batch's. One that gets none joins the others' passes with a
+        row that does not count."""
+        mine = list(range(n) if self.whole else ranks.share(n))
         self.counts_rows = bool(mine)
         return mine or list(range(min(n, 1)))
 
@@ -275,7 +278,7 @@ class Engine:
             own.add(number, (batch.counts(), *(o.counts(batch) for o, _ in objectives)))
             own.rows += len(batch)
             own.tokens += sum(len(s) for s in batch.sequences)
-        return Learned.together(ranks.gather(own))
+        return Learned.together([own] if self.whole else ranks.gather(own))
 
     def _descend(self, step: Step, micro: list[Micro], learned: Learned) -> None:
         counts = [learned.counts(m) for m in micro]
@@ -284,10 +287,12 @@ class Engine:
 
         def passes(grad: bool = True) -> dict[str, float]:
             losses: dict[str, float] = {}
+            part = float(self.counts_rows) / (ranks.size() if self.whole else 1)
             for m, count in zip(micro, counts):
-                self._one_pass(m, count, losses if self.counts_rows else {}, grad, self.counts_rows)
+                with ranks.spreading(self.whole):
+                    self._one_pass(m, count, losses if self.counts_rows else {}, grad, part)
             for _ in range(idle):
-                self._one_pass(micro[0], counts[0], {}, grad, False)
+                self._one_pass(micro[0], counts[0], {}, grad, 0.0)
             if grad:
                 ranks.sum_gradients([p for g in self.groups if g.active for p in g.params.values() if not sharding.is_sharded(p)])
             return ranks.summed(losses)
@@ -308,18 +313,18 @@ class Engine:
             self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
-    def _one_pass(self, micro: Micro, count: dict[str, float], losses: dict[str, float], grad: bool, counts: bool = True) -> None:
+    def _one_pass(self, micro: Micro, count: dict[str, float], losses: dict[str, float], grad: bool, part: float = 1.0) -> None:
         """Forward and, with `grad`, backward of one micro-batch; each yielded loss before the next is computed.
 
-        One that does not count goes through the layers and leaves no gradient."""
+        `part`: what this process's pass counts in the sum over all. One that counts 0 goes through the layers and leaves no gradient."""
         for loss in self._losses(micro.objectives, micro.batch):
-            value = loss.value(count)
+            value = loss.value(count) * part
             for name, term in loss.terms.items():
                 shown = term.total if term.report is None else term.report
                 divisor = count.get(name, count.get(term.per, 1.0) if term.count is None else term.count)
-                losses[name] = losses.get(name, 0.0) + float(shown.detach()) / (divisor or 1.0)
+                losses[name] = losses.get(name, 0.0) + part * float(shown.detach()) / (divisor or 1.0)
             if grad and value.requires_grad:
-                self.accelerator.backward(value if counts else value * 0.0)
+                self.accelerator.backward(value)
             losses["loss"] = losses.get("loss", 0.0) + float(value.detach())
 
     def _losses(self, objectives: list[tuple[Any, float]], batch: Batch) -> Iterator[Loss]:

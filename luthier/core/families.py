@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from luthier.core.batch import Batch, Sequence, TokenForest
+from luthier.core.ranks import spread
 from luthier.core.scores import TokenScores
 from luthier.errors import ModelError
 
@@ -328,7 +329,9 @@ class CausalLM(Family):
 
     def embed(self, items: Any, branch: str | None = None) -> Tensor:
         """Mean of the last hidden state over each sequence's tokens. `items`: a batch, sequences or texts."""
-        sequences = self._sequences(items, branch)
+        return spread(self._sequences(items, branch), self._means)
+
+    def _means(self, sequences: SequenceOf[Sequence]) -> Tensor:
         forest = self.forest(sequences)
         hidden = self.hidden(forest)
         flat = hidden.flatten(0, 1)

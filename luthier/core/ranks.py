@@ -8,7 +8,7 @@ and writes. In a run of one process everything here does nothing.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, Literal, TypeVar
@@ -24,6 +24,7 @@ BUCKET = 25 << 20
 """Bytes of gradients that are summed in one go."""
 
 _alone = 0
+_spreading = False
 
 
 def launched() -> int:
@@ -153,6 +154,53 @@ def share(n: int) -> range:
     return range(rank(), n, size())
 
 
+# -- losses of the whole batch -------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def spreading(on: bool) -> Iterator[None]:
+    """All processes hold the same batch, and `spread` shares the work on it."""
+    global _spreading
+    before, _spreading = _spreading, on
+    try:
+        yield
+    finally:
+        _spreading = before
+
+
+def spread(items: Sequence[Any], vectors: Callable[[Sequence[Any]], torch.Tensor]) -> torch.Tensor:
+    """`vectors(items)`, one row an item. While `spreading`, each process computes those of its share and gets the others'.
+
+    A gradient comes back to the process that computed the row, summed over what all processes made of it."""
+    if size() == 1 or not _spreading:
+        return vectors(items)
+    mine = vectors([items[i] for i in share(len(items))] or items[:1])
+    return _Everyones.apply(mine, len(items))  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _Everyones(torch.autograd.Function):
+    """The rows of all processes, in the order of the items."""
+
+    @staticmethod
+    def forward(ctx: Any, mine: torch.Tensor, n: int) -> torch.Tensor:
+        ctx.n, ctx.own, ctx.shape = n, len(share(n)), mine.shape
+        padded = mine.new_zeros(-(-n // size()), *mine.shape[1:])
+        padded[: ctx.own] = mine[: ctx.own]
+        parts = [torch.empty_like(padded) for _ in range(size())]
+        with peers():
+            dist.all_gather(parts, padded)
+        return torch.stack(parts, 1).flatten(0, 1)[:n]  # the k-th row of each process, in turn: as `share` deals them out
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:  # type: ignore[override]
+        grad = grad.contiguous()
+        with peers():
+            dist.all_reduce(grad)
+        mine = grad.new_zeros(ctx.shape)
+        mine[: ctx.own] = grad[rank() :: size()]
+        return mine, None
+
+
 # -- gradients and weights -----------------------------------------------------------------------------------------------
 
 
@@ -205,11 +253,11 @@ def refuse(mode: Mode, plugins: Iterable[Any]) -> None:
 def modes(plugin: Any) -> frozenset[str]:
     """In which modes a method, or its class, works: those it declares, less those its hooks rule out.
 
-    A loss of the whole batch is not a sum over parts of it, and a gradient that is taken as it appears is not yet everybody's.
+    A gradient that is taken as it appears is not yet everybody's.
     Processes that generate answers of their own would call sharded layers a different number of times."""
     from luthier.core.plugin import defines
 
     cls, able = plugin if isinstance(plugin, type) else type(plugin), frozenset(plugin.parallel)
-    if getattr(cls, "whole_batch", False) or defines(cls, "on_grad"):
+    if defines(cls, "on_grad"):
         able -= {"ddp", "fsdp"}
     return able - {"fsdp"} if defines(cls, "rollout") else able

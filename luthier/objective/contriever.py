@@ -93,6 +93,7 @@ class Contriever(Objective):
     columns = (frozenset({"text"}),)
     families = frozenset({"text-encoder", "causal-lm"})
     whole_batch = True
+    parallel = frozenset({"single", "ddp"})
 
     def __post_init__(self) -> None:
         if self.temperature <= 0 or not 0 < self.low <= self.high <= 1 or not 0 <= self.delete < 1 or self.queue < 1:
