@@ -3,7 +3,8 @@
 from luthier.claims import Claim
 from luthier.lab import make
 
-WORDS = ("no", "yes")
+WORDS = {"no": "0", "yes": "1"}
+"""The answers in words that the model knows, as its embeddings and head are fixed."""
 
 claim = Claim(
     paper=72,
@@ -16,21 +17,20 @@ claim = Claim(
     methods=("merge/graft", "adapt/full"),
     tasks=("traces",),
     models=("lm-s",),
-    departs="A decoder of 0.4 M parameters answers yes or no (is the last number even, is the list a palindrome, does it contain a number), judged by the likelier of the two words; embeddings and "
-    "head are fixed. It has far fewer spare parameters, so 1 % and 0.1 % stand for the paper's 0.01 %. The mask is held to its share, which the paper's may outgrow; `learned, free` is the "
+    departs="A decoder of 0.4 M parameters answers 1 or 0 (does a list contain a number), judged by the likelier of the two; embeddings and head are fixed. It has far fewer spare parameters, so 1 % and 0.1 % stand for the paper's 0.01 %. The mask is held to its share, which the paper's may outgrow; `learned, free` is the "
     "paper's. Recovered is (graft - base) / (fine-tune - base) in accuracy. The model has no biases, so there is no bias-only arm.",
 )
 
 
 def fine_tune(trial):
-    """The base, the fine-tune, the task, rows to learn a mask on and rows to choose it with."""
+    """The base, the fine-tune, test rows and longer ones, rows to learn a mask on and rows to choose it with."""
     from luthier.core.models import load
 
-    task = make("traces", skills="even,contains,palin", n=1000, seed=trial.seed, test=400)
-    rows = list(task.train)
+    task = make("traces", skills="contains", n=3000, seed=trial.seed, test=400)
+    rows, test, longer = ([{**row, "completion": WORDS[row["completion"]]} for row in part] for part in (task.train, task.test, task.ood))
     base = load("lab:lm-s")
-    tuned = trial.tune(base, rows[200:], steps=200, lr=1e-3, adapt={"method": "full", "freeze": ["embed_tokens", "lm_head"]})
-    return base, tuned, task, rows[200:], rows[:200]
+    tuned = trial.tune(base, rows[200:], steps=250, lr=1e-3, adapt={"method": "full", "freeze": ["embed_tokens", "lm_head"]})
+    return base, tuned, test, longer, rows[200:], rows[:200]
 
 
 def answered(model, rows):
@@ -39,9 +39,10 @@ def answered(model, rows):
 
     from luthier.measure._shared import ece
 
-    scores = torch.stack(model.options([row["prompt"] for row in rows], [WORDS] * len(rows))).float()
+    words = tuple(WORDS.values())
+    scores = torch.stack(model.options([row["prompt"] for row in rows], [words] * len(rows))).float()
     sure, said = scores.softmax(-1).max(-1)
-    right = torch.tensor([WORDS[int(i)] == row["completion"] for i, row in zip(said, rows)]).float()
+    right = torch.tensor([words[int(i)] == row["completion"] for i, row in zip(said, rows)]).float()
     return float(right.mean()), ece(sure.numpy(), right.numpy())
 
 
@@ -51,7 +52,7 @@ def judged(trial, **options):
     from luthier.core.rows import Rows
     from luthier.merge.graft import Graft
 
-    base, tuned, task, learn, choose = trial.once("fine-tune", lambda: fine_tune(trial))
+    base, tuned, test, ood, learn, choose = trial.once("fine-tune", lambda: fine_tune(trial))
     model = tuned
     if options:
         ctx = Context(base.frozen_copy(), trial.seed, {"train": Rows.of(learn), "val": Rows.of(choose)})
@@ -61,10 +62,10 @@ def judged(trial, **options):
         load_state(model, merged)
         trial.notes["density"] = graft.report["regions"][0]["density"]
         trial.spend(passes=len(graft.report["regions"][0].get("losses", [])) * 8)
-    before, after = (trial.once(name, lambda m=m: answered(m, task.test)) for name, m in (("before", base), ("after", tuned)))
-    accuracy, error = answered(model, task.test)
+    before, after = (trial.once(name, lambda m=m: answered(m, test)) for name, m in (("before", base), ("after", tuned)))
+    accuracy, error = answered(model, test)
     gained = after[0] - before[0]
-    longer, _ = answered(model, task.ood)
+    longer, _ = answered(model, ood)
     return {"recovered": (accuracy - before[0]) / gained if abs(gained) > 0.02 else 0.0, "accuracy": accuracy, "ece": error, "longer lists": longer, "general": trial.general(model)}
 
 
