@@ -27,18 +27,24 @@ if TYPE_CHECKING:
 __all__ = ["PAT", "Mask", "Operator", "pat", "shrink"]
 
 LIMIT = 10.0
-"""The exponent of the mask's sigmoid, at most."""
+"""The exponent of exp(-tau w) in the mask's sigmoid, at most."""
 
 
 # the mathematics ----------------------------------------------------------------------------------------------------------
+def rest_from(horizon: float) -> int:
+    """The step from which the mask rests: int(0.8 S)."""
+    return max(1, int(0.8 * horizon))
+
+
 def pat(w: Tensor, step: float, horizon: float) -> Tensor:
     """The soft mask of the channels: sigmoid(tau w) + b, which is 1 everywhere at step 0 where w = 0.
 
-    tau = 1 / (1 - ln(max(1, s)) / ln S + 1e-6), b = max(1/2 - s / S, 0). From 0.8 S on tau stays as it is there and the mask rests."""
-    late = step >= 0.8 * horizon
-    s = 0.8 * horizon if late else step
+    tau = 1 / (1 - ln(max(1, s)) / ln S + 1e-6), b = max(1/2 - s / S, 0). From int(0.8 S) on tau stays as it is there and the mask rests."""
+    rest = rest_from(horizon)
+    late = step >= rest
+    s = rest if late else step
     tau = 1 / (1 - math.log(max(1.0, s)) / math.log(max(2.0, horizon)) + 1e-6)
-    return torch.sigmoid(((w.detach() if late else w) * tau).clamp(-LIMIT, LIMIT)) + max(0.5 - step / horizon, 0.0)
+    return torch.sigmoid(((w.detach() if late else w) * tau).clamp(min=-LIMIT)) + max(0.5 - step / horizon, 0.0)
 
 
 def decay(width: int, kept: int, step: float, horizon: float, rate: float = 2.77) -> Tensor:
@@ -215,7 +221,7 @@ class PAT(Compressor):
 
     def penalty(self, model: Family, ctx: Context) -> Loss | None:
         loss = Loss()
-        if self._mask.learned and self.count_weight and self._mask.step < 0.8 * self._mask.horizon:
+        if self._mask.learned and self.count_weight and self._mask.step < rest_from(self._mask.horizon):
             loss.add("pat_mask", count_loss(self._mask.weight, self._mask.kept), per="batch", weight=self.count_weight)
         if self.identity_weight:
             identity = torch.stack([o.identity_loss() for o in self._operators]).sum()

@@ -178,7 +178,7 @@ class VectorQuant(nn.Module):
         """Give the groups `chosen` (indices) the codes nearest to the matrix `wanted`, with the values held; which of them changed.
 
         Distances are measured before scaling, where a row's groups compare as they do after it. One codebook: the exact nearest code.
-        Several: beam search from the present codes, so the error never rises. `force`: another code than now (one codebook)."""
+        Several: beam search from the present codes, so the error never rises. `force`: the best codes that differ from the present ones."""
         target = (wanted.to(self.scales) / self.scales).reshape(-1, self.group)[chosen]
         now = self.codes[:, chosen].T.long()
         step = max(1, CHUNK // (self.codebooks.shape[1] * max(1, beam)))
@@ -194,13 +194,14 @@ class VectorQuant(nn.Module):
             others = sum((books[o][beams[..., o]] for o in range(len(books)) if o != c), torch.zeros_like(target)[:, None])
             residual = target[:, None] - others
             cost = (residual[..., None, :] - books[c]).square().sum(-1) if books[c].numel() < 4096 else _squares(residual, books[c])
-            if force:
-                cost.scatter_(2, beams[..., c : c + 1], torch.inf)
-            size = cost.shape[-1]
-            best = cost.flatten(1).topk(min(beam, cost[0].numel()), largest=False).indices
+            size, last = cost.shape[-1], c == len(books) - 1
+            best = cost.flatten(1).topk(min(max(beam, 2 if force and last else 1), cost[0].numel()), largest=False).indices
             beams = beams.gather(1, (best // size)[..., None].expand(-1, -1, len(books))).clone()
             beams[..., c] = best % size
-        return beams[:, 0]
+        if not force or beams.shape[1] < 2:
+            return beams[:, 0]
+        same = (beams[:, 0] == start).all(1, keepdim=True)
+        return torch.where(same, beams[:, 1], beams[:, 0])
 
     def bits(self, value_bits: int = 16) -> int:
         """Stored bits: codes at ceil(log2 K) each; codebooks and scales at `value_bits` a number."""

@@ -122,7 +122,7 @@ class Graft(Merger):
     theta = gamma theta_tuned + (1 - gamma) theta_base, gamma in {0, 1}. Base patch: the `density` share of entries that moved most (one
     threshold for the whole model). Learned from there with gamma(S) = gamma_b (1 - sigmoid(S - bias)) + (1 - gamma_b) sigmoid(S - bias),
     S ~ U(0, 1) at the start: plain gradient steps on the loss of the rows, each the mean of up to `accumulation` batches; after every update
-    the rounded mask is judged on the rows and on validation rows (accuracy, or log-likelihood), and the best is kept. Nothing copied is
+    the rounded mask is judged on the rows and on validation rows (accuracy, or log-likelihood; each kind counts half), and the best is kept. Nothing copied is
     trained further; all else is the base's to the bit. The mask may drop entries of the patch and add others, so its density may grow: the
     report says what it became, `exact` holds it. Grafts are better calibrated than the fine-tune and forget less; small learning rates with
     SGD (or an L1 pull to the base) make fine-tunes that graft well.
@@ -236,13 +236,13 @@ class Graft(Merger):
         frozen = {n: base[n].to(place).float() for n in base.distinct if base[n].is_floating_point() and not left_out(n, self.whole)}
         frozen |= {n: tuned[n].to(place).float() for n in base.distinct if base[n].is_floating_point() and left_out(n, self.whole)}
         order = torch.randperm(len(rows), generator=ctx.rng("graft")).tolist()
-        judges = batches_of(family, rows, order[: self.judge], self.batch, ctx.train_on)
+        judges = [batches_of(family, rows, order[: self.judge], self.batch, ctx.train_on)]
         if ctx.has_rows("val"):
-            judges += batches_of(family, ctx.rows("val"), range(min(self.judge, len(ctx.rows("val")))), self.batch, ctx.train_on)
+            judges.append(batches_of(family, ctx.rows("val"), range(min(self.judge, len(ctx.rows("val")))), self.batch, ctx.train_on))
 
         def value(masks: Masks) -> float:
             with at_weights(family.network, {**frozen, **{n: torch.where(m.to(place), tuned[n].to(place).float(), frozen[n]) for n, m in masks.items()}}):
-                return merit(family, judges)
+                return sum(merit(family, kind) for kind in judges) / len(judges)
 
         moves, patch = {n: c.to(place) for n, c in change.items()}, {n: m.to(place) for n, m in start.items()}
         lr, limit = None if self.lr == "auto" else float(self.lr), k if self.exact else None

@@ -53,11 +53,11 @@ def spans(length: int, denoiser: Denoiser, rng: np.random.Generator) -> np.ndarr
 
 
 def _sizes(length: int, denoiser: Denoiser) -> tuple[int, int]:
-    """How many tokens are hidden, in how many spans."""
-    hidden = min(max(1, int(length * denoiser.rate + 0.5)), length - 1)
+    """How many tokens are hidden, in how many spans; halves go to the even number, as T5's do."""
+    hidden = min(max(1, round(length * denoiser.rate)), length - 1)
     if denoiser.at_end:
         return hidden, 1
-    return hidden, min(max(1, int(hidden / denoiser.span + 0.5)), hidden, length - hidden)
+    return hidden, min(max(1, round(hidden / denoiser.span)), hidden, length - hidden)
 
 
 def _segments(total: int, parts: int, rng: np.random.Generator) -> np.ndarray:

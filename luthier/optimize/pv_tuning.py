@@ -24,7 +24,8 @@ def pv_tuning(quant: VectorQuant, reference: Tensor, share: float = 0.01, beam: 
     """The discrete step in a subspace: the ceil(share * groups) groups in which `reference` (the weights after a big step) differs most
     from the matrix take the codes nearest to it; the codebooks stay. Returns how many groups changed.
 
-    `force`: another code than now, for one codebook. `trust`: ||new - old|| / ||old|| at most; the smallest changes are undone."""
+    `force`: other codes than now. `trust`: groups change in the order of that distance until ||new - old|| / ||old|| reaches it, the one that
+    reaches it still does (so that one always may), and the rest keep their codes."""
     now = quant()
     number = math.ceil(share * quant.groups)
     distance = (reference.to(now) - now).reshape(quant.groups, -1).norm(dim=1)
@@ -33,8 +34,7 @@ def pv_tuning(quant: VectorQuant, reference: Tensor, share: float = 0.01, beam: 
     changed = quant.recode(reference, chosen, beam, force)
     if trust is not None and bool(changed.any()):
         moved = (quant() - now).reshape(quant.groups, -1)[chosen].square().sum(1)
-        order = moved.argsort(descending=True)
-        over = order[moved[order].cumsum(0) > (trust * now.norm()) ** 2]
+        over = moved.cumsum(0) - moved >= (trust * now.norm()) ** 2
         quant.codes[:, chosen[over]] = before[:, over]
         changed[over] = False
     return int(changed.sum())
@@ -46,10 +46,11 @@ class PVTuning(Optimizer):
     """Tune a network that is held as codes (`compress: pv-tuning`): each step moves codebooks, scales and plain weights a little, as Adam does,
     and gives a few groups of weights, those with the largest wanted change, other codes.
 
-    P step, codes fixed: w <- w - lr r u, u = m^ / (sqrt(v^) + eps), r = ||w|| / ||u|| (LAMB; 1 where either is 0). V step, values fixed:
-    an update of the same form with `code_lr` and betas (0, 0.95) makes a reference of each coded matrix; in the ceil(max_change * groups)
-    groups where the reference is farthest from the matrix, the code nearest to the reference is taken (beam search for several
-    codebooks), nowhere else. A small step nearly never changes a nearest code, so either the steps are kept in a buffer, or they are big:
+    P step, codes fixed: w <- w - lr c r u, u = m / (sqrt(v) + eps), c = sqrt(1 - b2^t) / (1 - b1^t) (Adam's correction), r = ||w|| / ||u|| (LAMB; 1
+    where either is 0; it does not count the correction, so that first steps of a coded matrix are short). V step, values fixed: an update of
+    the same form with `code_lr` and betas (0, 0.95), of the buffer where there is one, makes a reference of each coded matrix; in the
+    ceil(max_change * groups) groups where the reference is farthest from the matrix as it is after the P step, the code nearest to the
+    reference is taken (beam search for several codebooks), nowhere else. A small step nearly never changes a nearest code, so either the steps are kept in a buffer, or they are big:
     `delta_decay` 0 keeps a full-precision buffer from step to step (straight-through with few changes, the released default), 1 starts
     from the codes each time (the paper's algorithm; then `code_lr` must be of the size of the distance between codes, tenths, or `force` be
     on), and between them buffer <- (1 - d) buffer + d W_q. A report should say which one was used.
@@ -65,8 +66,8 @@ class PVTuning(Optimizer):
     """Decay rates of the P step."""
     code_betas: tuple[float, float] = (0.0, 0.95)
     """Decay rates of the V step."""
-    eps: float = 1e-8
-    """Against division by zero."""
+    eps: float = 1e-6
+    """Against division by zero, beside the root of the uncorrected second moment."""
     lamb: bool = True
     """Scale every tensor's update to its norm."""
     delta_decay: float = 0.0
@@ -76,9 +77,9 @@ class PVTuning(Optimizer):
     beam: int | None = None
     """Width of the search; default: 1 for one codebook, 5 for several."""
     force: bool = False
-    """Chosen groups must take another code than they have; for one codebook."""
+    """Chosen groups must take other codes than they have."""
     trust: float | None = None
-    """The largest relative change of a matrix in one V step; the smallest changes are undone."""
+    """The relative change of a matrix at which a V step ends; groups whose reference is nearest keep their codes."""
 
     parallel = frozenset({"single", "ddp"})
 
@@ -104,7 +105,6 @@ class PVTuning(Optimizer):
                     part |= {"lr_scale": part["lr_scale"] * self.code_lr / self.lr, "betas": tuple(self.code_betas)}
                     part["lr"] = self.lr * part["lr_scale"]
                 made.append(part)
-        refuse(self.force and any(len(q.codebooks) > 1 for q in quantised.values()), "force", True, "false where there are several codebooks")
         settings = {"decay": self.delta_decay, "share": self.max_change, "beam": self.beam, "force": self.force, "trust": self.trust}
         return PVOptimizer(made, quantised, settings, self.lr, self.betas, self.eps, self.lamb)  # type: ignore[arg-type]  # parameters are tensors
 
@@ -131,13 +131,14 @@ class PVOptimizer(PerTensor):
         for group in self.param_groups:
             for param in group["params"]:
                 if param.grad is not None and param not in self.quantised:
-                    param.add_(self._update(param, group))
+                    param.add_(self._update(param, param, group))
                 elif param.grad is not None:
                     coded.append((param, group))
         for param, group in coded:
             self._recode(param, group)
 
-    def _update(self, param: Tensor, group: dict[str, Any]) -> Tensor:
+    def _update(self, param: Tensor, at: Tensor, group: dict[str, Any]) -> Tensor:
+        """What is added to `at`, the parameter or its buffer, for the parameter's gradient."""
         state, grad = self.state[param], param.grad
         assert grad is not None
         one, two = group["betas"]
@@ -149,17 +150,17 @@ class PVOptimizer(PerTensor):
             m.mul_(one).add_(grad, alpha=1 - one)
         else:
             m = grad
-        update = (m / (1 - one ** state["step"])) / ((v / (1 - two ** state["step"])).sqrt() + group["eps"])
-        size, own = update.norm(), param.norm()
+        update = m / (v.sqrt() + group["eps"])
+        size, own = update.norm(), at.norm()
         ratio = own / size if group["lamb"] and float(size) > 0 and float(own) > 0 else 1.0
-        return update * (-group["lr"] * ratio)
+        correction = math.sqrt(1 - two ** state["step"]) / (1 - one ** state["step"])
+        return update * (-group["lr"] * correction * ratio)
 
     def _recode(self, param: Tensor, group: dict[str, Any]) -> None:
-        """The V step of one matrix."""
+        """The V step of one matrix. `param` is what the codes said before the P step."""
         quant, state, how = self.quantised[param], self.state[param], self.settings
-        update = self._update(param, group)
-        start = quant().to(param) if how["decay"] == 1 else state.setdefault("buffer", param.detach().clone())
-        reference = start + update
+        start = param.detach() if how["decay"] == 1 else state.setdefault("buffer", param.detach().clone())
+        reference = start + self._update(param, start, group)
         beam = how["beam"] or (1 if len(quant.codebooks) == 1 else 5)
         self.changed += pv_tuning(quant, reference, how["share"], beam, how["force"], how["trust"])
         param.copy_(quant())

@@ -58,6 +58,7 @@ def test_kept_tokens_are_sorted_unique_whole_blocks_of_the_best():
     assert lemo(scores, 20, 4, 1.0) is None and lemo(scores, 20, 4, 0.01).shape == (2, 4)
     assert lemo(scores, 20, 4, threshold=0.6).shape == (2, 12), "as many as the row that needs most"
     assert lemo(scores, 20, 4, 0.6).shape == (2, 12), "0.6 x 5 is 3, whatever floats say"
+    assert lemo(scores, 20, 4, 0.5).shape == (2, 8), "half of 5 is 2, as the release has it"
 
 
 def test_ratio_one_is_plain_lora():
@@ -184,7 +185,7 @@ def test_a_predictor_learns_what_it_is_shown():
     before = recall(net, held, 3 / 8)
     fit_predictor(net, seen, 300, rng)
     assert recall(net, held, 3 / 8) > max(0.85, before)
-    assert not any(p.requires_grad for p in net.parameters()) and net.nets[0].shape[2] <= 32
+    assert not any(p.requires_grad for p in net.parameters()) and net.nets[0].shape[1] <= 32
     x = sequence()[0]
     assert torch.equal(net(x), net(x).transpose(1, 2)), "mirrored"
 
@@ -192,13 +193,25 @@ def test_a_predictor_learns_what_it_is_shown():
 def test_shrinking_drops_what_is_never_above_zero():
     net = Predictor(2, 8, 4, 6, torch.Generator().manual_seed(0))
     with torch.no_grad():
-        net.nets[0][:, :, :4] = -net.nets[0][:, :, :4].abs()
-        net.nets[3][:, :, :4] = -net.nets[3][:, :, :4].abs()
+        for layer in (net.nets[i] for i in (0, 1, 3, 4)):
+            layer[:, :4] = -layer[:, :4].abs()
     x = torch.rand(1, 32, 8)
     wanted = net(x)
-    net.shrink([x], 0.1)
-    assert net.nets[0].shape[2] <= 2
+    net.shrink([x], 0.0)
+    assert net.nets[0].shape[1] <= 2 and net.nets[1].shape[1] <= 12 and net.nets[2].shape == (net.nets[1].shape[1], 4)
     torch.testing.assert_close(net(x), wanted)
+
+
+def test_one_pair_of_nets_serves_all_heads():
+    """By hand for two heads; the number of weights does not grow with the heads."""
+    net, x = Predictor(2, 8, 4, 6, torch.Generator().manual_seed(0)), torch.randn(1, 8, 8, generator=torch.Generator().manual_seed(1))
+    a, b, c, d, e, f = net.nets
+    total = torch.zeros(2, 2)
+    for head in (0, 1):
+        part = torch.stack([x[0, 4 * i : 4 * i + 4, 4 * head : 4 * head + 4].reshape(-1) for i in (0, 1)])
+        total += ((part @ a).relu() @ b).relu() @ c @ (((part @ d).relu() @ e).relu() @ f).T
+    torch.testing.assert_close(net(x)[0], torch.stack([total[0, 0], total[1, 0], total[1, 0], total[1, 1]]).view(2, 2))
+    assert sum(p.numel() for p in Predictor(4, 16, 4, 6).nets) == sum(p.numel() for p in net.nets)
 
 
 def test_predictors_are_reported_and_saved():

@@ -37,11 +37,15 @@ def test_the_mask_is_one_at_first_and_hard_at_the_end():
     assert torch.equal(pat(torch.zeros(5), 0, horizon), torch.ones(5))
     for s in (1, 40, 300, 799):
         tau = 1 / (1 - math.log(s) / math.log(horizon) + 1e-6)
-        expected = 1 / (1 + np.exp(-np.clip(tau * w.double().numpy(), -10, 10))) + max(0.5 - s / horizon, 0)
+        expected = 1 / (1 + np.exp(np.minimum(-tau * w.double().numpy(), 10))) + max(0.5 - s / horizon, 0)
         np.testing.assert_allclose(pat(w, s, horizon), expected, rtol=1e-5)
     late = pat(w.requires_grad_(), 900, horizon)
     assert not late.requires_grad and torch.equal(late, pat(w, 800, horizon)) and pat(w, 700, horizon).requires_grad
     assert float(late[0]) < 1e-4 and float(late[-1]) > 0.9999
+    far = torch.tensor([2.0, -2.0], requires_grad=True)
+    assert pat(far, 700, horizon).tolist() == [1.0, pytest.approx(1 / (1 + math.exp(10)))], "the exponent is bounded where it is large only"
+    assert not pat(far, 800, 1001.0).requires_grad and pat(far, 799, 1001.0).requires_grad, "int(0.8 S)"
+    assert torch.equal(pat(w, 900, 1001.0), pat(w, 800, 1001.0))
 
 
 def test_given_channels_fade_continuously():

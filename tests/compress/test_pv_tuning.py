@@ -101,7 +101,7 @@ def codes(run):
 
 
 def test_codes_move_with_their_own_optimizer_only_and_a_cut_run_resumes(tmp_path):
-    pv = {"method": "pv-tuning", "lr": 1e-2, "code_lr": 0.3, "max_change": 0.2}
+    pv = {"method": "pv-tuning", "lr": 1e-2, "code_lr": 3.0, "max_change": 0.2}
     still = tune(Recipe.from_dict(recipe(tmp_path / "adamw", {"method": "adamw", "lr": 1e-2})))
     moved = tune(Recipe.from_dict(recipe(tmp_path / "pv", pv)))
     begun = tune(Recipe.from_dict(recipe(tmp_path / "start", {"method": "sgd", "lr": 1e-12})))

@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from luthier.core.context import Context
-from luthier.core.meters import Flops
+from luthier.core.meters import BackwardCosts, Flops
 from luthier.core.surgery import rewind
 from luthier.errors import RecipeError
-from luthier.optimize.greentrainer import GreenTrainer, backward_budget, cost, greentrainer
+from luthier.optimize.greentrainer import GreenTrainer, backward_budget, cost, greentrainer, reachable
 from tests.helpers import tiny_llama
 from tests.objective.lm_batches import random_batch
 from tests.optimize.fakes import FakeClosure
@@ -83,9 +83,35 @@ def one_step(tuner, network, optimizer, ctx=None):
     return tuner.step(optimizer, FakeClosure(network, optimizer, loss), ctx)
 
 
+@pytest.mark.parametrize(("forward", "share", "wanted"), [(20, 0.5, 90.0), (60, 0.25, 5.0), (60, 0.2, 10.0), (100, 0.2, 10.0)])
+def test_the_budget_is_what_the_forward_pass_leaves_and_five_percent_where_it_leaves_nothing(forward, share, wanted):
+    assert backward_budget(BackwardCosts(["a"], [150], [50], forward, 200, 0), share) == pytest.approx(wanted)
+
+
+def test_only_tensors_within_reach_take_part_in_the_trial():
+    """As in the release: the others are frozen in both of its passes, so the gradient after the step is that of a network that moved above alone."""
+    network, twin = net(), net()
+    tuner = GreenTrainer(lr=0.05, share=0.45, weight_decay=0.0)
+    optimizer = tuner.build(network.named_parameters())
+    one_step(tuner, network, optimizer)
+    costs = tuner.costs
+    near = reachable(costs, backward_budget(costs, 0.45))
+    assert near == [n for k, n in enumerate(costs.names) if sum(costs.dy[:k]) <= backward_budget(costs, 0.45)] and 2 < len(near) < 8
+    moving = {n: p for n, p in twin.named_parameters() if n in near}
+    other = torch.optim.AdamW(moving.values(), lr=0.05, weight_decay=0.0)
+    loss(twin)[0].backward()
+    start = {n: p.detach().clone() for n, p in moving.items()}
+    other.step()
+    twin.zero_grad()
+    loss(twin)[0].backward()
+    by_hand = {n: float(-(p.grad * (p.detach() - start[n])).sum()) for n, p in moving.items()}
+    largest = max(map(abs, by_hand.values()))
+    assert tuner.importance == {n: pytest.approx(by_hand.get(n, 0.0) / largest, abs=1e-5) for n in costs.names}
+
+
 def test_importance_is_the_predicted_fall_of_the_loss():
     network, twin = net(), net()
-    tuner = GreenTrainer(lr=1e-3, share=1.0)
+    tuner = GreenTrainer(lr=1e-3, share=1.0, weight_decay=0.0)
     optimizer = tuner.build(network.named_parameters())
     one_step(tuner, network, optimizer)
     other = torch.optim.AdamW(twin.parameters(), lr=1e-3, weight_decay=0.0)
