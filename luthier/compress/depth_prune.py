@@ -95,8 +95,7 @@ class DepthPrune(Compressor):
 
         lighter = merged(model.frozen_copy())
         depth = len(ModelMap(lighter.network).blocks)
-        if self.drop >= depth or (self.start or 0) + self.drop > depth:
-            raise RecipeError(f"depth-prune cannot take {self.drop} blocks from block {self.start or 0} on out of a model of {depth}; lower `drop` or `start`.")
+        self._fits(depth)
         found = [] if self.start is not None else distances(lighter, calibration_rows(ctx, self.samples, self.name), self.drop, self.tokens)
         first = min(range(len(found)), key=found.__getitem__) if self.start is None else self.start
         before = _size(lighter)
@@ -106,12 +105,18 @@ class DepthPrune(Compressor):
                        "parameters_before": before[0], "parameters_after": after[0], "bytes_before": before[1], "bytes_after": after[1]}  # fmt: skip
         return lighter
 
+    def _fits(self, depth: int) -> None:
+        if self.drop >= depth or (self.start or 0) + self.drop > depth:
+            raise RecipeError(f"depth-prune cannot take {self.drop} blocks from block {self.start or 0} on out of a model of {depth}; lower `drop` or `start`.")
+
     def _tensors(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         given = {n: tensors[n] for n in tensors}
-        if all(block_index(n)[0] is None for n in given):
+        blocks = {i for n in given if (i := block_index(n)[0]) is not None}
+        if not blocks:
             return given
         if self.start is None:
             raise RecipeError("depth-prune needs a model to measure which blocks matter least; for bare tensors set `start`.")
+        self._fits(max(blocks) + 1)
         return without_blocks(given, self.start, self.drop)
 
 

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from luthier.catalog import method, register
+from luthier.catalog import fields_of, method, register
 from luthier.core.at_weights import at_weights, batches_of, covers
 from luthier.core.mask_learning import concrete_gate, density, learn, rescaled, uniform_like
 from luthier.core.source import TensorSource, applied
-from luthier.errors import DataError, RecipeError
+from luthier.errors import DataError, RecipeError, nearest
 from luthier.merge._shared import VectorMerger, deltas, models
 from luthier.objective._shared import by_branch, preference
 
@@ -103,7 +103,8 @@ class SOMF(VectorMerger):
     reference: Literal["fused", "safe"] = "fused"
     """What DPO compares with: the fusion without a mask, or the safe model."""
     fuse: str | dict[str, Any] = field(default_factory=lambda: {"method": "task-arithmetic", "scale": 0.3})
-    """The merger of several models: a name, or a mapping with `method` and its options (ties with scale 0.4, ...)."""
+    """The merger of several models: a name, or a mapping with `method` and its options. Released besides the default: {method: ties, scale: 0.4,
+    combine: sum} and {method: dare-linear, scale: 0.3, density: 0.8, rescale: density}."""
     skip: list[str] = field(default_factory=list)
     """Tensors to leave as the base has them: names, leading parts of names, or globs."""
 
@@ -115,8 +116,12 @@ class SOMF(VectorMerger):
         for name in ("epochs", "lr", "beta", "batch", "accumulation", "temperature"):
             if not getattr(self, name) > 0:
                 raise RecipeError(f"`{name}` of somf is {getattr(self, name)}; it must be positive.")
+        for name, words in (("final", ("threshold", "sample", "soft")), ("reference", ("fused", "safe"))):
+            if getattr(self, name) not in words:
+                raise RecipeError(f"`{name}` of somf is '{getattr(self, name)}'; it must be one of {', '.join(words)}.")
         if isinstance(self.fuse, Mapping) and "method" not in self.fuse:
             raise RecipeError("`fuse` of somf needs the key `method`, e.g. `fuse: {method: ties, scale: 0.4}`.")
+        self.merger()  # a wrong one is refused before anything trains
         self.needs = frozenset({f"rows:{self.rows}"})  # type: ignore[misc]
         self.report: dict[str, Any] = {}
 
@@ -124,10 +129,14 @@ class SOMF(VectorMerger):
         """What several masked updates are fused by."""
         options: dict[str, Any] = {"method": self.fuse} if isinstance(self.fuse, str) else dict(self.fuse)
         name = options.pop("method")
-        built = method("merge", name)(**options)
-        if not isinstance(built, VectorMerger):
+        cls = method("merge", name)
+        if not issubclass(cls, VectorMerger):
             raise RecipeError(f"`fuse` of somf is '{name}', which averages whole models; use task-arithmetic (scale 1/T is the mean of T models) or ties.")
-        return built
+        known = [f.name for f in fields_of(cls)]
+        wrong = next((key for key in options if key not in known), None)
+        if wrong is not None:
+            raise RecipeError(f"`fuse` of somf: '{name}' has no option '{wrong}'.{nearest(wrong, known)}")
+        return cls(**options)
 
     def update(self, base: Any, tuned: SequenceOf[Any], ctx: Context | None = None) -> TensorSource:
         base, listed = TensorSource.of(base), models(tuned)

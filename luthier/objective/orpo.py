@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from luthier.catalog import register
+from luthier.core.loss import Loss
 from luthier.errors import RecipeError
 from luthier.objective import Preference
 from luthier.objective._shared import Averages, by_branch, row_loss, row_weights
@@ -19,7 +21,9 @@ if TYPE_CHECKING:
     from luthier.core.batch import Batch
     from luthier.core.context import Context
     from luthier.core.families import Family
-    from luthier.core.loss import Loss
+    from luthier.core.scores import TokenScores
+
+PAIR = ("chosen", "rejected")
 
 
 def log_odds(logp: Tensor) -> Tensor:
@@ -43,25 +47,52 @@ class ORPO(Preference):
 
     With l = mean of log p over the answer's tokens and odds(y) = p / (1 - p), p = exp(l):
 
-        L = -l_w - beta log sigmoid(log odds(y_w) - log odds(y_l))
+        L = NLL - beta log sigmoid(log odds(y_w) - log odds(y_l)), averaged over pairs
 
-    averaged over pairs. It takes the place of SFT followed by DPO, and half their memory. Defaults of the domain-adaptation study:
-    beta 0.1, learning rate 3e-6, one epoch after a warm-up of 100 steps. The likelihood term is that of the answer alone, as the formula
-    has it (trl's counts the prompt as well). Logged: the log odds ratio, the share of pairs ranked right, both mean log-probabilities."""
+    `likelihood: text` (default) is what the study's trainer computes, trl's: NLL is the mean of -log p over all tokens of the prompts and
+    chosen answers, every token as heavy as any other. `answer` is the formula of ORPO's paper: NLL = -l_w, of the answer alone.
+    It takes the place of SFT followed by DPO, and half their memory. Defaults of the domain-adaptation study: beta 0.1, learning rate
+    3e-6, one epoch after a warm-up of 100 steps. Logged: the log odds ratio, the share of pairs ranked right, both mean log-probabilities."""
 
     beta: float = 0.1
     """Weight of the odds-ratio term (lambda in its paper)."""
+    likelihood: Literal["text", "answer"] = "text"
+    """What the likelihood term learns: prompt and chosen answer, or the answer alone."""
 
     def __post_init__(self) -> None:
         if self.beta <= 0:
             raise RecipeError(f"beta is {self.beta}; it must be positive. For plain likelihood of the chosen answers use `objective: sft`.")
+        if self.likelihood not in ("text", "answer"):
+            raise RecipeError(f"likelihood is '{self.likelihood}'; it must be 'text' (prompt and chosen answer) or 'answer'.")
         self._averages = Averages()
 
     def loss(self, model: Family, batch: Batch, ctx: Context | None = None) -> Loss:
-        pairs = batch.of_branch("chosen", "rejected")
-        logp = by_branch(pairs, model.score(pairs).rows("mean"), ("chosen", "rejected"))
-        values = orpo(logp[:, 0], logp[:, 1], self.beta)
+        pairs = batch.of_branch(*PAIR)
+        read = whole_texts(pairs) if self.likelihood == "text" else pairs
+        scores = model.score(read)
+        logp = by_branch(pairs, answer_means(scores, read, pairs), PAIR)
         seen: Any = logp.detach()
         ratio = log_odds(seen[:, 0]) - log_odds(seen[:, 1])
         self._averages.log(ctx, **{"orpo/log_odds_ratio": ratio, "orpo/accuracy": (ratio > 0).float(), "orpo/chosen_logp": seen[:, 0], "orpo/rejected_logp": seen[:, 1]})
-        return row_loss("orpo", values, row_weights(batch))
+        values = orpo(logp[:, 0], logp[:, 1], self.beta)
+        if self.likelihood == "answer":
+            return row_loss("orpo", values, row_weights(batch))
+        chosen = torch.tensor([s.branch == "chosen" for s in read.sequences], device=scores.sequence.device)[scores.sequence]
+        weights = read.token_weights().to(scores.logp) * chosen
+        loss = Loss().add("chosen_nll", -scores.logp * weights, per="token", count=max(float(weights.sum()), 1e-12))
+        return loss.merge(row_loss("odds_ratio", values + logp[:, 0], row_weights(batch)))
+
+    def counts(self, batch: Batch) -> dict[str, float]:
+        return {"chosen_nll": whole_texts(batch.of_branch("chosen")).counts()["token"]} if self.likelihood == "text" else {}
+
+
+def whole_texts(pairs: Batch) -> Batch:
+    """The same sequences, of the chosen ones every token supervised."""
+    return replace(pairs, sequences=[replace(s, mask=np.ones_like(s.mask)) if s.branch == "chosen" else s for s in pairs.sequences])
+
+
+def answer_means(scores: TokenScores, read: Batch, pairs: Batch) -> Tensor:
+    """[sequences] mean log p over the tokens that `pairs` supervises, from scores of `read`, where more are."""
+    kept = [torch.from_numpy(answer.mask[whole.supervised]) for whole, answer in zip(read.sequences, pairs.sequences, strict=True)]
+    own = torch.cat(kept).to(scores.logp)
+    return scores.rows("sum", scores.logp * own) / scores.rows("sum", own).clamp(min=1)

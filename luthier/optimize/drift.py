@@ -175,6 +175,8 @@ class Drift(Optimizer):
 
     def _pull(self, name: str, param: nn.Parameter, toward: TensorSource, away: TensorSource | None, partner: str) -> Pull:
         own = param.detach().float()
+        if away is not None and partner not in away:
+            raise ModelError(f"'{self.away_from}' has no '{partner}', which '{self.toward}' has; drift's direction between two models needs siblings of one architecture.")
         start = own if away is None else away[partner].to(own.device).float()
         there = toward[partner].to(own.device).float()
         if there.shape != own.shape or start.shape != own.shape:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
@@ -125,9 +126,9 @@ class SelfDataDistillation(Synthesizer):
     def _rewriting(self, row: Mapping[str, Any]) -> dict[str, Any]:
         from luthier.core.rows import answer_of, prompt_text
 
-        # Pieces between the places, so that braces in a row are text.
-        before, _, rest = self.template.partition("{prompt}")
-        filled = before.replace("{reference}", str(answer_of(row))) + prompt_text(row) + rest.replace("{reference}", str(answer_of(row)))
+        # In one pass, so that braces in a row are text.
+        places = {"{prompt}": prompt_text(row), "{reference}": str(answer_of(row))}
+        filled = re.sub(r"\{prompt\}|\{reference\}", lambda place: places[place[0]], self.template)
         return {"prompt": filled, **{k: row[k] for k in ("plain", "system") if k in row}}
 
     def _tell(self, given: list[dict[str, Any]], made: list[dict[str, Any]], changed: list[bool], teacher: Family, ctx: Context) -> None:

@@ -118,6 +118,9 @@ def test_state_dicts_are_cut_alike():
     assert set(cut) == set(wanted) and all(torch.equal(cut[n], wanted[n]) for n in wanted)
     with pytest.raises(RecipeError, match="set `start`"):
         DepthPrune().compress(dict(family.network.state_dict()))
+    for wrong in ({"start": 7}, {"start": 0, "drop": 4}, {"start": 3, "drop": 2}):
+        with pytest.raises(RecipeError, match="lower `drop`"):
+            DepthPrune(**wrong).compress(dict(tiny_llama(layers=4).network.state_dict()))
 
 
 def test_bad_input():

@@ -84,6 +84,34 @@ def test_the_error_is_that_of_the_turned_weights():
         assert sum(rounding_error(m.weight, 4) for m in method._net.layers.values()) == pytest.approx(predicted, rel=1e-3)
 
 
+def test_the_error_of_activations_is_that_of_the_turned_network():
+    """What is predicted from one pass without rotations is what layers and cache then see, row by row without padding."""
+    from luthier.core.quant import rounding_error
+
+    model = tiny_llama(num_key_value_heads=2)
+    method = RoSTE(rotate="none", weights=0, calibration=6)
+    method.attach(model, context(model))
+    net = method._net
+    shared, sites = net.errors(model, method._rows)
+    net.rounding(False)
+    chosen = {name: i % 3 > 0 for i, name in enumerate(net.chosen)}
+    net.turn(chosen)
+    predicted = shared[chosen["residual"]] + sum(s[chosen["residual"]][chosen[name]] for name, s in sites.items())
+    found = [0.0]
+
+    def turned(site, x, clip):
+        found[0] += rounding_error(site.rotation(x) if site.rotation is not None else x, 4, clip)
+
+    for layer in net.layers.values():
+        layer.register_forward_pre_hook(lambda m, a: turned(m.site, a[0], method.activation_clip))
+    for site in net.caches:
+        site.watch = lambda key, value, site=site: (turned(site, key, method.cache_clip), found.append(rounding_error(value, 4, method.cache_clip)))
+    with torch.no_grad():
+        for sequence in model.collate(ROWS).sequences:
+            model.network(input_ids=torch.from_numpy(sequence.ids)[None])
+    assert sum(found) / len(ROWS) == pytest.approx(predicted, rel=1e-3)
+
+
 def test_what_has_outliers_is_rotated():
     found = {}
     for name, model in (("plain", tiny_llama()), ("outliers", with_outliers(tiny_llama()))):

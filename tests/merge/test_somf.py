@@ -47,7 +47,13 @@ def test_several_models_share_the_mask_and_a_full_one_leaves_the_plain_merger(st
     torch.testing.assert_close(merged, base["norm.weight"] + 0.3 * 2 * mask["norm.weight"] * moved)
 
 
-@pytest.mark.parametrize("fuse", [TaskArithmetic(scale=0.3), Ties(scale=0.4, density=0.5)])
+RELEASED = [
+    {"method": "task-arithmetic", "scale": 0.3}, {"method": "ties", "scale": 0.4, "combine": "sum", "density": 0.5},
+    {"method": "dare-linear", "scale": 0.3, "density": 0.8, "rescale": "density"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("fuse", [SOMF(fuse=one).merger() for one in RELEASED])
 def test_the_gradient_of_the_mask_logits_is_that_of_finite_differences(state, fuse):
     base, tuned = state(0), [state(1), state(2)]
     updates = deltas(base, tuned)
@@ -143,13 +149,15 @@ def test_nothing_changed_is_said_and_gives_the_base():
 
 
 def test_bad_input(state):
-    for options, words in (({"lr": 0.0}, "`lr` of somf is 0"), ({"batch": 0}, "`batch`"), ({"fuse": {"scale": 1}}, "needs the key `method`")):
+    for options, words in (
+        ({"lr": 0.0}, "`lr` of somf is 0"), ({"batch": 0}, "`batch`"), ({"fuse": {"scale": 1}}, "needs the key `method`"),
+        ({"final": "binary"}, "`final` of somf"), ({"reference": "base"}, "`reference` of somf"), ({"fuse": "nonsense"}, "no method 'nonsense'"),
+        ({"fuse": {"method": "ties", "scal": 1}}, "has no option 'scal'. Did you mean 'scale'"), ({"fuse": "uniform-soup"}, "averages whole models"),
+    ):  # fmt: skip
         with pytest.raises(RecipeError, match=words):
             SOMF(**options)
     with pytest.raises(RecipeError, match=r"data: \{safety: FILE\}"):
         SOMF().merge(state(0), [state(1)])
-    with pytest.raises(RecipeError, match="averages whole models"):
-        SOMF(fuse="uniform-soup").merge(state(0), [state(1)])
     family, base, tuned = models()
     with pytest.raises(RecipeError, match="no 'safety' rows"):
         SOMF().merge(base, [tuned], Context(family))

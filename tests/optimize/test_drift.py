@@ -121,6 +121,8 @@ def test_names_are_mapped_on_demand_only():
     assert len(method.pulls) == 14
     with pytest.raises(ModelError, match="siblings of one architecture"):
         built(Drift(), model, context(model, tiny.tiny_llama(hidden=16)))
+    with pytest.raises(ModelError, match="'shallow' has no 'model.layers.1"):
+        built(Drift(away_from="shallow"), model, context(model, other, shallow=tiny.tiny_llama(layers=1)))
 
 
 def runs(folder, optimize, **other):

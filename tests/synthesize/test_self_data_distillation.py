@@ -66,6 +66,7 @@ def test_the_teacher_is_the_base_and_sees_the_reference_unless_it_answers_alone(
 def test_braces_in_rows_are_text():
     row = {"prompt": "a {reference} {x}", "completion": "b {prompt}"}
     assert SelfDataDistillation(template="<{prompt}|{reference}>")._rewriting(row)["prompt"] == "<a {reference} {x}|b {prompt}>"
+    assert SelfDataDistillation(template="{reference}<{prompt}|{prompt}>")._rewriting(row)["prompt"] == "b {prompt}<a {reference} {x}|a {reference} {x}>"
 
 
 def test_the_report_has_the_teachers_own_loss():
