@@ -37,7 +37,7 @@ def thinned(x: Tensor, keep: float | Tensor, draw: Tensor, rescale: Rescale = "l
     if rescale == "l1":
         before, after = x.abs().sum(), kept.abs().sum()
         if before >= NOTHING and after >= NOTHING:
-            return kept.mul_(before / after)
+            return kept * (before / after)
     return kept
 
 
