@@ -24,6 +24,21 @@ def toy(tmp_path):
     return Path(shutil.copy(Path(__file__).with_name("toy_claim.py"), tmp_path / "toy.py"))
 
 
+@pytest.fixture(scope="module")
+def once(tmp_path_factory):
+    """The toy claim, run whole: most tests look at what comes after that."""
+    toy = Path(shutil.copy(Path(__file__).with_name("toy_claim.py"), tmp_path_factory.mktemp("claim") / "toy.py"))
+    go(toy)
+    return toy
+
+
+@pytest.fixture
+def done(once, toy):
+    """A copy of it, with its evidence."""
+    shutil.copy(once.with_suffix(".json"), toy.with_suffix(".json"))
+    return toy
+
+
 def evidence(toy):
     return json.loads(toy.with_suffix(".json").read_text())
 
@@ -33,34 +48,33 @@ def go(toy, **options):
     return evidence(toy)
 
 
-def test_a_claim_is_searched_run_and_judged(toy):
-    found = go(toy)
+def test_a_claim_is_searched_run_and_judged(done):
+    found = evidence(done)
     assert found["verdict"] == "reproduced" and found["flags"] == []
     assert found["effect"]["mean"] == pytest.approx(0.2) and found["effect"]["n"] == 3
     assert found["arms"]["two"]["settings"] == {"lr": 0.2} and {g["seed"] for g in found["grids"]} == {100} and len(found["grids"]) == 3
     assert found["arms"]["one"]["spent"] == {"rows": 90.0}  # what arms share is nobody's
     assert found["against"]["third"]["mean"] == pytest.approx(0.11)
     assert {"torch", "transformers", "python"} <= found["versions"].keys()
-    assert not is_stale(find(toy))
+    assert not is_stale(find(done))
 
 
-def test_quick_runs_append_and_never_count(toy):
+def test_quick_runs_append_and_never_count(toy, once):
     quick = go(toy, quick=True)
     assert quick["verdict"] is None and {r["arm"] for r in quick["records"]} == {"one", "two"} and quick["records"][0]["spent"]["rows"] == 30
-    whole = go(toy)
-    again = go(toy, quick=True)
-    assert again["records"] == whole["records"] and again["verdict"] == "reproduced"
-    assert sum(r["quick"] for r in whole["records"]) == 2
+    shutil.copy(once.with_suffix(".json"), toy.with_suffix(".json"))
+    whole, again = evidence(toy), go(toy, quick=True)
+    assert again["records"][: len(whole["records"])] == whole["records"] and again["verdict"] == "reproduced"
+    assert sum(r["quick"] for r in again["records"]) == 2 and go(toy, quick=True) == again
 
 
-def test_other_seeds_are_a_repetition_and_do_not_change_the_verdict(toy):
-    go(toy)
-    found = go(toy, seeds=[10, 11, 12])
+def test_other_seeds_are_a_repetition_and_do_not_change_the_verdict(done):
+    found = go(done, seeds=[10, 11, 12])
     assert found["effect"]["n"] == 3 and found["repeated"]["seeds"] == [10, 11, 12] and found["repeated"]["verdict"] == "reproduced"
 
 
-def test_a_changed_claim_makes_evidence_stale_and_a_wrong_sign_turns_it(toy, capsys):
-    go(toy)
+def test_a_changed_claim_makes_evidence_stale_and_a_wrong_sign_turns_it(done, capsys):
+    toy = done
     toy.write_text(toy.read_text().replace("0.6 +", "0.2 +"))
     sys.modules.pop("luthier_claim_toy", None)
     assert is_stale(find(toy))
@@ -70,8 +84,8 @@ def test_a_changed_claim_makes_evidence_stale_and_a_wrong_sign_turns_it(toy, cap
     assert found["verdict"] == "not reproduced" and len(found["records"]) == 18 and not is_stale(find(toy))
 
 
-def test_words_written_after_a_run_do_not_make_it_stale(toy):
-    go(toy)
+def test_words_written_after_a_run_do_not_make_it_stale(done):
+    toy = done
     toy.write_text(toy.read_text().replace("published=", "reason='luck', published=").replace("made-up", "invented"))
     sys.modules.pop("luthier_claim_toy", None)
     assert not is_stale(find(toy)) and go(toy)["reason"] == "luck"
@@ -132,9 +146,8 @@ def test_every_claim_is_well_formed(name):
     Store(claim).summary()
 
 
-def test_listing_shows_and_table(toy, capsys):
-    go(toy)
-    assert main(["claims", "show", str(toy)]) == 0
+def test_listing_shows_and_table(done, capsys):
+    assert main(["claims", "show", str(done)]) == 0
     shown = capsys.readouterr().out
     assert "reproduced" in shown and "third" in shown and "Published: always" in shown
     assert main(["claims", "list", "--json"]) == 0
