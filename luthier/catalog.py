@@ -17,7 +17,7 @@ import re
 import sys
 import textwrap
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -192,6 +192,16 @@ def _module(path: Path) -> types.ModuleType:
 def fields_of(cls: type) -> list[dataclasses.Field[Any]]:
     """The recipe's schema of a method: its dataclass fields."""
     return [f for f in dataclasses.fields(cls) if f.init] if dataclasses.is_dataclass(cls) else []
+
+
+def built(axis: str, name: str, options: Mapping[str, Any]) -> Any:
+    """A method with these fields; a field that it has not is refused with the nearest that it has."""
+    cls = method(axis, name)
+    known = [f.name for f in fields_of(cls)]
+    for option in options:
+        if option not in known:
+            raise RecipeError(f"{axis}/{name} has no option '{option}'.{nearest(option, known)} It has: {', '.join(known) or 'none'}.")
+    return cls(**options)
 
 
 def field_docs(cls: type) -> dict[str, str]:

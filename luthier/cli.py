@@ -173,6 +173,12 @@ def _merge(args: argparse.Namespace) -> None:
     merge(args)
 
 
+def _compress(args: argparse.Namespace) -> None:
+    from luthier._cli.compress import compress
+
+    compress(args)
+
+
 def _compare(args: argparse.Namespace) -> None:
     from luthier._cli.compare import compare
 
@@ -362,6 +368,9 @@ def _add_tuning(commands: Any) -> None:
     from luthier._cli.merge import add_arguments as add_merge_arguments
 
     add_merge_arguments(_add(commands, "merge", _merge, "combine checkpoints of any size, tensor by tensor", json=True))
+    from luthier._cli.compress import add_arguments as add_compress_arguments
+
+    add_compress_arguments(_add(commands, "compress", _compress, "make a finished model lighter, and say what that changed of its size, speed and quality", json=True))
     one = _add(commands, "report", _report, "write a run's report card again, also of one that has not finished", json=True)
     one.add_argument("run", metavar="RUN")
     one = _add(commands, "fetch", _fetch, "download a model", json=True)

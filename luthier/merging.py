@@ -15,12 +15,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from luthier.catalog import fields_of, method
+from luthier.catalog import built
 from luthier.core import checkpoint
 from luthier.core.context import Context
-from luthier.core.places import Place, place_of
+from luthier.core.places import Place, named_base, place_of, refuse_quantised
 from luthier.core.source import SHARD, TensorSource
-from luthier.errors import ModelError, RecipeError, UserError, nearest
+from luthier.errors import ModelError, UserError
 
 Progress = Callable[[int, int, str], None]
 WITHOUT_BASE = frozenset({"uniform-soup", "greedy-soup", "learned-soup", "linear", "slerp"})
@@ -53,11 +53,11 @@ def merge(
     `base`: what they were tuned from; adapters name theirs. `options`: the merger's fields. `val`: rows to choose with, for mergers that
     score candidates. A folder that an interrupted merge left is continued, one with anything else in it is refused."""
     say = tell or (lambda sentence: None)
-    merger = _merger(how, dict(options or {}))
+    merger = built("merge", how, options or {})
     places = [place_of(m) for m in _several(models)]
     home = _base(places, base, how)
     for place in [*([home] if home else []), *places]:
-        _refuse_quantised(place)
+        refuse_quantised(place, "merging")
     start = None if home is None else _source(home, None)
     tuned = [_source(p, start) for p in places]
     folder, like = Path(out).expanduser(), home or places[0]
@@ -83,18 +83,9 @@ def _several(models: SequenceOf[Any]) -> list[Any]:
     return list(models)
 
 
-def _merger(how: str, options: dict[str, Any]) -> Any:
-    cls: Any = method("merge", how)
-    known = [f.name for f in fields_of(cls)]
-    for name in options:
-        if name not in known:
-            raise RecipeError(f"The merger '{how}' has no option '{name}'.{nearest(name, known)} It has: {', '.join(known) or 'none'}.")
-    return cls(**options)
-
-
 def _base(places: list[Place], base: Any, how: str) -> Place | None:
     """The common base: as given, or the one that all adapters name. Adapters of different bases cannot be combined."""
-    named = {p.source: place_of(_named_base(p)).source for p in places if p.kind == "adapter"}
+    named = {p.source: place_of(named_base(p)).source for p in places if p.kind == "adapter"}
     if base is not None:
         return place_of(base)
     if len(set(named.values())) > 1:
@@ -107,14 +98,6 @@ def _base(places: list[Place], base: Any, how: str) -> Place | None:
     return None
 
 
-def _named_base(place: Place) -> str:
-    assert place.path is not None
-    named = json.loads((place.path / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
-    if not named:
-        raise ModelError(f"The adapter {place.source} does not say which model it was trained on; name it with --base.")
-    return str(named)
-
-
 def _source(place: Place, base: TensorSource | None) -> TensorSource:
     """A model's tensors, read from its folder where that holds plain safetensors, else from the loaded model."""
     if place.path is not None and place.gguf is None:
@@ -122,14 +105,6 @@ def _source(place: Place, base: TensorSource | None) -> TensorSource:
     from luthier.core.models import load
 
     return TensorSource.of(load(place.source, device="cpu"))
-
-
-def _refuse_quantised(place: Place) -> None:
-    config = {} if place.path is None or place.kind == "adapter" else json.loads((place.path / "config.json").read_text(encoding="utf-8"))
-    found = config.get("quantization_config")
-    if found:
-        kind = found.get("quant_method", "some method") if isinstance(found, Mapping) else "some method"
-        raise ModelError(f"{place.source} holds weights that were quantised by {kind}; merging takes floating-point weights. Name the model it was quantised from.")
 
 
 def _notices(places: list[Place]) -> list[str]:

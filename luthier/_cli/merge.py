@@ -8,6 +8,7 @@ import sys
 from typing import Any
 
 from luthier._cli.text import say, say_json
+from luthier._cli.words import split_options
 from luthier.errors import UserError
 
 
@@ -22,12 +23,9 @@ def add_arguments(one: argparse.ArgumentParser) -> None:
 
 
 def merge(args: argparse.Namespace) -> None:
-    import yaml
-
     from luthier.merging import merge as run
 
-    models = [w for w in args.words if not _is_option(w)]
-    options = {k: yaml.safe_load(v) for k, _, v in (w.partition("=") for w in args.words if _is_option(w))}
+    models, options = split_options(args.words)
     args.again = shlex.join(["luthier", "merge", *args.words, *(x for k in ("method", "base", "out", "val", "shard") if getattr(args, k) for x in (f"--{k}", getattr(args, k)))])
     tell = None if args.quiet or args.json else say
     bar = _Bar(not (args.quiet or args.json))
@@ -42,11 +40,6 @@ def merge(args: argparse.Namespace) -> None:
         say(f"{found.method} of {len(found.models)} models{of}: {found.tensors} tensors, {found.bytes / 1e6:,.1f} MB in {found.folder}")
         for name, value in found.report.items():
             say(f"{name.replace('_', ' ')}: {value}")
-
-
-def _is_option(word: str) -> bool:
-    name, sign, _ = word.partition("=")
-    return bool(sign) and name.isidentifier()
 
 
 def _bytes(text: str) -> int:

@@ -182,6 +182,7 @@ class PAT(Compressor):
     families = frozenset({"causal-lm"})
     parallel = frozenset({"single", "ddp"})
     toy = {"rank": 2}
+    tunes = True
 
     def __post_init__(self) -> None:
         validate(self, ("rank", "mask_rate", "horizon"))

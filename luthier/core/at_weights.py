@@ -21,25 +21,40 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def at_weights(network: nn.Module, tensors: Mapping[str, Tensor]) -> Iterator[dict[str, nn.Parameter]]:
-    """Other values in the parameters that `tensors` names (a tied one under any of its names); yields these parameters by those names."""
+def at_weights(network: nn.Module, tensors: Mapping[str, Tensor], statistics: bool = False) -> Iterator[dict[str, nn.Parameter]]:
+    """Other values in the parameters that `tensors` names (a tied one under any of its names); yields these parameters by those names.
+
+    Old values are neither copied nor written to, and come back when it ends; it may be nested. `statistics`: the tensors are of the network's
+    own state, so its buffers are replaced as well, and a name that it has not is refused; else such names are passed over."""
     params, seen = {}, set()
     for name, param in network.named_parameters(remove_duplicate=False):
         if name in tensors and id(param) not in seen:
             seen.add(id(param))
             params[name] = param
-    kept = [(p, p.data, p.requires_grad) for p in network.parameters()]
+    buffers = _named_buffers(network, tensors) if statistics else {}
+    flags = [(p, p.requires_grad) for p in network.parameters()]
+    kept = [(place, place.data) for place, _ in flags] + [(place, place.data) for place in buffers.values()]
     try:
-        for name, param in params.items():
+        for name, place in {**params, **buffers}.items():
             value = tensors[name].detach()
-            if value.shape != param.shape:
-                raise ModelError(f"'{name}' is {list(param.shape)} in the network and {list(value.shape)} in the weights it should run at.")
-            param.data = value.to(param.device, param.dtype)
+            if value.shape != place.shape:
+                raise ModelError(f"'{name}' is {list(place.shape)} in the network and {list(value.shape)} in the weights it should run at.")
+            place.data = value.to(place.device, place.dtype)
         yield params
     finally:
-        for param, data, wanted in kept:
-            param.data = data
+        for place, data in kept:
+            place.data = data
+        for param, wanted in flags:
             param.requires_grad_(wanted)
+
+
+def _named_buffers(network: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The buffers among these names, all of which must be the network's."""
+    own = network.state_dict(keep_vars=True)
+    strange = next((name for name in tensors if name not in own), None)
+    if strange is not None:
+        raise ModelError(f"The network has no tensor '{strange}', so it cannot be run at these weights; merge its adapter first.")
+    return {name: own[name] for name in tensors if not isinstance(own[name], nn.Parameter)}
 
 
 def pull_back(network: nn.Module, tensors: Mapping[str, Tensor], losses: Iterable[Callable[[], Tensor]]) -> float:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as SequenceOf
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from luthier.core.at_weights import at_weights
 from luthier.core.context import seed_of
 from luthier.core.modelmap import block_index
 from luthier.core.source import TensorSource, working
@@ -30,29 +30,6 @@ class Value(NamedTuple):
     accuracy: float
 
 
-@contextmanager
-def at_weights(family: Family, tensors: Mapping[str, Tensor]) -> Iterator[None]:
-    """The network with some of its tensors replaced inside; afterwards the old ones, which were never copied or written to.
-
-    Tied tensors follow the name they are given under. May be nested."""
-    own = family.network.state_dict(keep_vars=True)
-    strange = next((n for n in tensors if n not in own), None)
-    if strange is not None:
-        raise ModelError(f"The network has no tensor '{strange}', so it cannot be run at these weights; merge its adapter first.")
-    kept: list[tuple[Tensor, Tensor]] = []
-    try:
-        for name in tensors:
-            place, value = own[name], tensors[name]
-            if value.shape != place.shape:
-                raise ModelError(f"The tensor '{name}' is {list(place.shape)} in the network and {list(value.shape)} in the other model.")
-            kept.append((place, place.data))
-            place.data = value.detach().to(place.device, place.dtype)
-        yield
-    finally:
-        for place, data in reversed(kept):
-            place.data = data
-
-
 class Landscape:
     """A family's loss on fixed batches as a function of its weights, in eval mode.
 
@@ -68,7 +45,7 @@ class Landscape:
     def value(self, tensors: Mapping[str, Tensor] | None = None) -> Value:
         """Loss and accuracy with these tensors in place (and all others as they are)."""
         total = hits = number = 0.0
-        with at_weights(self.family, tensors or {}), self.family.evaluating():
+        with at_weights(self.family.network, tensors or {}, statistics=True), self.family.evaluating():
             for batch in self.batches:
                 losses, right = self._items(batch)
                 total, hits, number = total + float(losses.double().sum()), hits + float(right.sum()), number + len(losses)
@@ -87,7 +64,8 @@ class Landscape:
         try:
             for place in places:
                 place.requires_grad_(True)
-            with at_weights(self.family, around or {}), at_weights(self.family, tensors), self.family.evaluating(grad=True):
+            net = self.family.network
+            with at_weights(net, around or {}, statistics=True), at_weights(net, tensors, statistics=True), self.family.evaluating(grad=True):
                 for batch in self.batches:
                     losses, _ = self._items(batch)
                     found = torch.autograd.grad(losses.sum(), places, allow_unused=True)
@@ -160,6 +138,34 @@ def barrier(alphas: SequenceOf[float], losses: SequenceOf[float]) -> float:
     """How far a path's loss rises above the straight line between its ends: max_a [L(a) - ((1 - a) L(0) + a L(1))], 0 at least."""
     first, last = losses[0], losses[-1]
     return max(loss - ((1 - a) * first + a * last) for a, loss in zip(alphas, losses))
+
+
+def grid(points: int) -> list[float]:
+    """Evenly spaced places on a path, from 0 to 1."""
+    return [i / (points - 1) for i in range(points)]
+
+
+def layer_barriers(
+    base: Any, tuned: Any, loss: Callable[[Mapping[str, Tensor]], float], points: int = 5, by: By = "block"
+) -> dict[str, float]:  # fmt: skip
+    """g_l = max_a [L(theta^l(a)) - ((1-a) L(theta^l(0)) + a L(theta^l(1)))], theta^l(a) the tuned model with layer l alone at a.
+
+    `loss` runs the tuned model with the given tensors in place. All layers share the end theta^l(1), the tuned model. Layers that
+    tuning left as they were have no path and are left out."""
+    base, tuned = TensorSource.of(base), TensorSource.of(tuned)
+    path, end = grid(points), loss({})
+    found: dict[str, float] = {}
+    for layer, names in layers(base.distinct, by).items():
+        moved = [n for n in names if base[n].is_floating_point() and not torch.equal(base[n], tuned[n].to(base[n]))]
+        if moved:
+            found[layer] = barrier(path, [*(loss(between(base, tuned, a, moved)) for a in path[:-1]), end])
+    return found
+
+
+def stragglers(barriers: Mapping[str, float], share: float = 0.2) -> list[str]:
+    """The `share` of layers (rounded, one at least) with the highest barriers."""
+    count = max(1, round(share * len(barriers))) if barriers and share > 0 else 0
+    return sorted(barriers, key=lambda layer: -barriers[layer])[:count]
 
 
 # sharpness ----------------------------------------------------------------------------------------------------------------

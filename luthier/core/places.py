@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import socket
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -45,6 +47,24 @@ def place_of(spec: Any) -> Place:
     if not HUB_ID.fullmatch(name) or isinstance(spec, Path):
         raise ModelError(f"There is no model at {name}.{nearest(name, [*EMBEDDED, *ALIASES])}")
     return _hub(name)
+
+
+def named_base(place: Place) -> str:
+    """The model that an adapter says it was trained on."""
+    assert place.path is not None
+    named = json.loads((place.path / "adapter_config.json").read_text(encoding="utf-8")).get("base_model_name_or_path")
+    if not named:
+        raise ModelError(f"The adapter {place.source} does not say which model it was trained on; name it with --base.")
+    return str(named)
+
+
+def refuse_quantised(place: Place, doing: str) -> None:
+    """One sentence for a folder whose configuration says that its weights are no plain numbers; `doing` says what needs those."""
+    config = {} if place.path is None or place.kind == "adapter" or place.gguf else json.loads((place.path / "config.json").read_text(encoding="utf-8"))
+    found = config.get("quantization_config")
+    if found:
+        kind = found.get("quant_method", "some method") if isinstance(found, Mapping) else "some method"
+        raise ModelError(f"{place.source} holds weights that were quantised by {kind}; {doing} takes floating-point weights. Name the model it was quantised from.")
 
 
 def _file(path: Path) -> Place:

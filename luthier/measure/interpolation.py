@@ -18,7 +18,10 @@ from luthier.core.landscape import (
     barrier,
     between,
     collated,
+    grid,
+    layer_barriers,
     layers,
+    stragglers,
     worst_sharpness,
 )
 from luthier.core.source import TensorSource
@@ -29,38 +32,11 @@ if TYPE_CHECKING:
     from luthier.core.context import Context
     from luthier.core.families import Family
 
-Loss = Callable[[Mapping[str, Tensor]], float]
-
 
 def interpolation(base: Any, tuned: Any, value: Callable[[TensorSource], Value], points: int = 11) -> list[dict[str, float]]:
     """Loss and accuracy at (1 - a) base + a tuned, for `points` values of a from 0 to 1."""
     base, tuned = TensorSource.of(base), TensorSource.of(tuned)
-    return [{"alpha": a, **value(between(base, tuned, a))._asdict()} for a in _grid(points)]
-
-
-def layer_barriers(base: Any, tuned: Any, loss: Loss, points: int = 5, by: Literal["block", "module"] = "block") -> dict[str, float]:
-    """g_l = max_a [L(theta^l(a)) - ((1-a) L(theta^l(0)) + a L(theta^l(1)))], theta^l(a) the tuned model with layer l alone at a.
-
-    `loss` runs the tuned model with the given tensors in place. All layers share the end theta^l(1), the tuned model. Layers that
-    tuning left as they were have no path and are left out."""
-    base, tuned = TensorSource.of(base), TensorSource.of(tuned)
-    grid, end = _grid(points), loss({})
-    found: dict[str, float] = {}
-    for layer, names in layers(base.distinct, by).items():
-        moved = [n for n in names if base[n].is_floating_point() and not torch.equal(base[n], tuned[n].to(base[n]))]
-        if moved:
-            found[layer] = barrier(grid, [*(loss(between(base, tuned, a, moved)) for a in grid[:-1]), end])
-    return found
-
-
-def stragglers(barriers: Mapping[str, float], share: float = 0.2) -> list[str]:
-    """The `share` of layers (rounded, one at least) with the highest barriers."""
-    count = max(1, round(share * len(barriers))) if barriers and share > 0 else 0
-    return sorted(barriers, key=lambda layer: -barriers[layer])[:count]
-
-
-def _grid(points: int) -> list[float]:
-    return [i / (points - 1) for i in range(points)]
+    return [{"alpha": a, **value(between(base, tuned, a))._asdict()} for a in grid(points)]
 
 
 @register("interpolation", paper=55)

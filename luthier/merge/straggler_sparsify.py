@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import Tensor
 
 from luthier.catalog import register
-from luthier.core.landscape import Landscape, at_weights, collated, layers
+from luthier.core.at_weights import at_weights
+from luthier.core.landscape import Landscape, collated, layer_barriers, layers, stragglers
 from luthier.core.source import TensorSource, applied, left_out
 from luthier.core.sparse import band_mask
 from luthier.errors import ModelError, RecipeError
-from luthier.measure.interpolation import layer_barriers, stragglers
 from luthier.merge._shared import VectorMerger, best, deltas, models, summed
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ class StragglerSparsify(VectorMerger):
         if missing := next((n for n in base if n not in family.network.state_dict()), None):
             raise ModelError(f"straggler-sparsify runs the current model at other weights, but it has no tensor '{missing}'; merge its adapter first.")
         view = Landscape(family, collated(family, ctx.rows("val"), ctx.train_on, self.limit))
-        with at_weights(family, whole.only(whole.distinct)):
+        with at_weights(family.network, whole.only(whole.distinct), statistics=True):
             barriers = layer_barriers(base, whole, view.loss, self.points, self.by)
         chosen = stragglers(barriers, self.share)
         self.report |= {"stragglers": chosen, "barriers": barriers}

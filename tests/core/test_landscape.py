@@ -3,9 +3,9 @@ import pytest
 import torch
 from sklearn.metrics import accuracy_score, log_loss
 
+from luthier.core.at_weights import at_weights
 from luthier.core.landscape import (
     Landscape,
-    at_weights,
     average_sharpness,
     barrier,
     between,
@@ -36,16 +36,16 @@ def test_other_weights_are_in_place_inside_and_the_own_ones_afterwards(vit):
     before = {n: t.clone() for n, t in model.network.state_dict().items()}
     places = {n: t.data_ptr() for n, t in model.network.state_dict().items()}
     other, outer = weights(model, 1), Landscape(model, batches).loss()
-    with at_weights(model, other):
+    with at_weights(model.network, other, statistics=True):
         assert all(torch.equal(t, other[n]) for n, t in model.network.state_dict().items())
-        with pytest.raises(ZeroDivisionError), at_weights(model, {"classifier.bias": torch.ones(3)}):
+        with pytest.raises(ZeroDivisionError), at_weights(model.network, {"classifier.bias": torch.ones(3)}, statistics=True):
             assert model.network.classifier.bias.tolist() == [1, 1, 1]
             raise ZeroDivisionError
         assert torch.equal(model.network.classifier.bias, other["classifier.bias"])
     assert all(torch.equal(t, before[n]) and t.data_ptr() == places[n] for n, t in model.network.state_dict().items())
     assert Landscape(model, batches).loss() == outer
     for bad in ({"nothing": torch.ones(3)}, {"classifier.bias": torch.ones(4)}):
-        with pytest.raises(ModelError), at_weights(model, {"classifier.weight": torch.zeros(3, 32), **bad}):
+        with pytest.raises(ModelError), at_weights(model.network, {"classifier.weight": torch.zeros(3, 32), **bad}, statistics=True):
             pass
     assert torch.equal(model.network.classifier.weight, before["classifier.weight"])
 
@@ -53,7 +53,7 @@ def test_other_weights_are_in_place_inside_and_the_own_ones_afterwards(vit):
 def test_the_loss_of_classes_is_sklearns(vit):
     model, batches = vit
     other = weights(model, 1)
-    with at_weights(model, other), torch.no_grad():
+    with at_weights(model.network, other, statistics=True), torch.no_grad():
         logits = torch.cat([model.classify(b) for b in batches])
     labels = torch.cat([b.tensors["labels"] for b in batches]).numpy()
     found = Landscape(model, batches).value(other)

@@ -3,10 +3,10 @@ import pytest
 import torch
 
 from luthier.core.context import Context
-from luthier.core.landscape import Value
+from luthier.core.landscape import Value, layer_barriers, stragglers
 from luthier.core.rows import Rows
 from luthier.errors import RecipeError
-from luthier.measure.interpolation import Interpolation, interpolation, layer_barriers, stragglers
+from luthier.measure.interpolation import Interpolation, interpolation
 from luthier.testing import tiny, toys
 
 

@@ -3,10 +3,9 @@ import pytest
 import torch
 
 from luthier.core.context import Context
-from luthier.core.landscape import Landscape, collated
+from luthier.core.landscape import Landscape, collated, layer_barriers, stragglers
 from luthier.core.rows import Rows
 from luthier.errors import RecipeError
-from luthier.measure.interpolation import layer_barriers, stragglers
 from luthier.merge.straggler_sparsify import StragglerSparsify, straggler_sparsify
 from luthier.testing import tiny, toys
 
