@@ -24,7 +24,7 @@ demo: models
 	$(BIN)/luthier demo
 
 test: models
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadscope
 
 slow: models
 	$(BIN)/python -m pytest -m slow

@@ -213,9 +213,10 @@ def _fitted(rows: Rows, family: Family, recipe: Recipe | None, say: Callable[[st
     from luthier.core.rows import fit_lengths
 
     limit = (recipe.data.max_length if recipe else None) or (positions(family) if "score" in family.verbs else None)
-    if limit is None or getattr(family, "tokenizer", None) is None or not len(rows):
+    tokenizer = getattr(family, "tokenizer", None)
+    if limit is None or tokenizer is None or not len(rows):
         return rows
-    fitted = fit_lengths(rows, family.tokenizer, limit, "skip", recipe.data.train_on if recipe else "completion")
+    fitted = fit_lengths(rows, tokenizer, limit, "skip", recipe.data.train_on if recipe else "completion")
     if len(fitted) < len(rows):
         say(f"{len(rows) - len(fitted)} of {len(rows)} rows of {rows.source} are longer than {limit} tokens and left out.")
     return fitted if len(fitted) else None
