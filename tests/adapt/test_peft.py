@@ -23,7 +23,7 @@ SMALL = {
     "cpt": {"examples": 2}, "cartridge": {"tokens": 3}, "adaption-prompt": {"tokens": 3, "layers": 1},
     "fourierft": {"frequencies": 30}, "waveft": {"coefficients": 30}, "vera": {"rank": 8}, "pvera": {"rank": 8}, "hra": {"rank": 4},
     "gralora": {"rank": 4}, "randlora": {"rank": 4}, "lily": {"rank": 4}, "peanut": {"rank": 4}, "glora": {"rank": 4}, "hira": {"rank": 4},
-    "vblora": {"vectors": 12}, "supertuning": {"sparsity": 0.9}, "psoft": {"rank": 8}, "adamss": {"rank": 8, "subspaces": 2},
+    "lemo": {"rank": 4, "block_size": 2, "first": 0, "predictor_steps": 3, "samples": 4, "hidden": 8}, "vblora": {"vectors": 12}, "supertuning": {"sparsity": 0.9}, "psoft": {"rank": 8}, "adamss": {"rank": 8, "subspaces": 2},
 }  # fmt: skip
 NAMES = [e.name for e in entries("adapt") if str(e.wraps or "").startswith("peft.") and 78 not in e.papers]
 RANDOM_START = {"fourierft", "c3a", "vblora", "unilora", "prompt-tuning", "prefix-tuning", "p-tuning", "cpt", "cartridge"}
