@@ -18,6 +18,9 @@ claim = Claim(
     departs="One stage of 150 steps of 32 lists to sort, on a model of 1.1 M parameters; the paper's sequences of stages, each with another half, are left out, as a second "
     "skill wipes out the first here in every arm. Rates are chosen per arm on the mean of new skill and old abilities, so that full fine-tuning may go as slowly as is good for "
     "it. Embeddings and norms are treated as the library does.",
+    reason="At one rate half fine-tuning does keep more of the old abilities, as the paper reports (on the tuning seed 0.85 against 0.78 at 3e-4, 0.63 against 0.56 at 6e-4), but "
+    "it learns less in as many steps (0.39 against 0.68, and 0.65 against 0.81). Where every arm has a rate of its own, full fine-tuning at half the rate sorts as well "
+    "and keeps more: a lower rate does here what freezing a half does there.",
 )
 GRID = {"lr": (3e-4, 6e-4, 1e-3, 2e-3)}
 

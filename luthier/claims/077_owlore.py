@@ -19,6 +19,9 @@ claim = Claim(
     models=("lm-m",),
     departs="Six layers in place of 32, 120 steps of 32 rows of lists to sort, layers drawn anew every 10 steps: 2 of them whole, or 4 with gradients of rank 32 of 128, "
     "whose moments take no more memory. The threshold of outliers falls below the paper's 13 by itself, as so small a model has none.",
+    reason="More layers at a time help by two points, but not the draw: layers drawn evenly with the same projected gradients do as well (0.762), and so do those with the fewest "
+    "outliers (0.766). Four of six layers train at any time, and their shares of outliers differ little. The projection keeps more of the old abilities (0.32 against 0.11 "
+    "of the general probe).",
 )
 GRID = {"lr": (3e-4, 1e-3, 3e-3)}
 LOW = {"method": "galore", "rank": 32, "refresh": 20}

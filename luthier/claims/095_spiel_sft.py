@@ -18,6 +18,9 @@ claim = Claim(
     models=("lm-m",),
     departs="Sorting and two-digit subtraction learned together in 150 steps of 32 rows on a model of 1.1 M parameters; 13,056 numbers train, 1.3 % of the weights, as in a "
     "LoRA of rank 1 (the paper: rank 64). The places move every 20 steps. Rates come from a grid, as do all arms'.",
+    reason="The largest gradients of a weight crowd here into a third of its rows and half of its columns (as many random places reach nine tenths of both), so places that "
+    "follow them repeat one another: a random support that stays learns more (0.18) than one that moves (0.08), which still beats the places of the first gradients "
+    "(0.03). LoRA of rank 1 touches every row and column (0.32). The paper trains millions of places for thousands of steps.",
 )
 GRID = {"lr": (3e-3, 1e-2, 3e-2)}
 """So few numbers learn nothing at the usual rates."""
