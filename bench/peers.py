@@ -58,7 +58,7 @@ def _make() -> None:
 
 def install(interpreter: Path, *what: str) -> None:
     """pip, whose many lines become one sentence where it fails."""
-    command = [str(interpreter), "-m", "pip", "install", "-q", "--disable-pip-version-check", *what]
+    command = [str(interpreter), "-m", "pip", "install", "-q", "--no-compile", "--disable-pip-version-check", *what]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if done.returncode:
         raise NotInstalled(f"The peers cannot be installed into {FOLDER}: {reason(done.stdout)} `python -m bench.peers` goes on with what is there.")

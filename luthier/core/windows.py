@@ -82,9 +82,9 @@ def offset(name: str, row: int) -> int:
 
 
 def windows(name: str, shape: Sequence[int], block: int = BLOCK) -> list[Window]:
-    """A tensor's rows in blocks of about `block` entries; nothing for one that is no larger than a block."""
+    """A tensor's rows in blocks of about `block` entries; nothing for one that is no larger than a block. A vector is one row."""
     size = math.prod(shape)
-    if size <= block or shape[0] < 2:
+    if size <= block or len(shape) < 2 or shape[0] < 2:
         return []
     rows = max(1, block * shape[0] // size)
     return [Window(name, start, min(shape[0], start + rows)) for start in range(0, shape[0], rows)]

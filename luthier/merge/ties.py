@@ -50,7 +50,11 @@ def trimmed_merge(
 
     @functools.cache
     def majority() -> float:
-        signs = TensorSource(floating(updates[0]), lambda name: elected(trimmed(name), elect), updates[0].meta)
+        def read(name: str) -> Tensor:
+            first = updates[0][name]
+            return elected(trimmed(name), elect) if first.is_floating_point() else first
+
+        signs = TensorSource(floating(updates[0]), read, updates[0].meta)
         signs.by_rows = True
         total = sum(float(part.double().sum()) for name in signs for part in signs.pieces(name) if part.is_floating_point())
         return -1.0 if total < 0 else 1.0
