@@ -47,7 +47,7 @@ def grpo(bench: Bench, group: int = 8) -> Job:
 
 def options(bench: Bench) -> Job:
     """Prompts of about 150 tokens with four candidates of about eight."""
-    return {"model": str(bench.model), "rows": texts.questions(texts.Writer(bench.words), 8, 150, 8, 4), "batch": 8, "micro_batch": 8, "warmup": 1, "steps": 2}
+    return {"model": str(bench.model), "rows": texts.questions(texts.Writer(bench.words), 4 if bench.quick else 8, 150, 8, 4), "batch": 8, "micro_batch": 8, "warmup": 1, "steps": 1 if bench.quick else 2}
 
 
 def contrastive(bench: Bench, batch: int = 256) -> Job:
@@ -136,7 +136,7 @@ CASES = {
              "mergekit 0.1.5 ties", "peer_mergekit", "The same density within every tensor, lazy reading, no tokenizer and no model card.", None, "reading the six checkpoints and writing one", 1e-4, "merge"),
         Case("merge-linear", "The mean of 5 fine-tunes of SmolLM2-135M, fp32, from folders to a file", "ours_merge", lambda b: merging(b, "linear"), Goal(speed=1.0, bytes=MERGING), "adding up, and writing to a disk that is safe against a crash (fsync)",
              "mergekit 0.1.5 linear", "peer_mergekit", "Lazy reading, no tokenizer and no model card.", None, "reading the five checkpoints and writing one", 1e-4, "merge"),
-        Case("help", "Start-up: `luthier --help`", "ours_startup", lambda b: {"arguments": ["--help"], "times": 5}, Goal(seconds=0.3), "imports of the command line", floor="a Python that does nothing", unit="start"),
-        Case("methods", "Start-up: `luthier methods`", "ours_startup", lambda b: {"arguments": ["methods"], "times": 5}, Goal(seconds=0.3), "imports, and reading the catalogue", floor="a Python that does nothing", unit="start"),
+        Case("help", "Start-up: `luthier --help`", "ours_startup", lambda b: {"arguments": ["--help"], "times": 1 if b.quick else 5}, Goal(seconds=0.3), "imports of the command line", floor="a Python that does nothing", unit="start"),
+        Case("methods", "Start-up: `luthier methods`", "ours_startup", lambda b: {"arguments": ["methods"], "times": 1 if b.quick else 5}, Goal(seconds=0.3), "imports, and reading the catalogue", floor="a Python that does nothing", unit="start"),
     )
 }  # fmt: skip
