@@ -65,10 +65,10 @@ def install(interpreter: Path, *what: str) -> None:
 
 
 def reason(said: str) -> str:
-    """What pip gives as the cause: its last error, or its last line."""
-    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    """What pip gives as the cause: its last error, or its last line that is no warning."""
+    lines = [line.strip() for line in said.splitlines() if line.strip() and not line.startswith("WARNING:")]
     errors = [line.removeprefix("ERROR:").strip() for line in lines if line.startswith("ERROR:")]
-    found = (errors or lines or ["pip said nothing"])[-1]
+    found = (errors or lines or ["pip was stopped"])[-1]
     return found if found.endswith(".") else found + "."
 
 

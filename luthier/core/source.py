@@ -149,8 +149,8 @@ def _of_mapping(x: Mapping[str, Any]) -> TensorSource:
     return _by_rows(TensorSource(names, read, meta, _tied(tensors)))
 
 
-def _by_rows(source: TensorSource) -> TensorSource:
-    source.by_rows = True
+def _by_rows(source: TensorSource, may: bool = True) -> TensorSource:
+    source.by_rows = may
     return source
 
 
@@ -339,9 +339,7 @@ def aligned(base: TensorSource, tuned: TensorSource, skip: Iterable[str] = ()) -
             raise ModelError(f"The tensor '{name}' is {list(meta[0])} in the base and {list(found.shape)} in the other model.")
         return found
 
-    made = TensorSource(base, read, base.meta, base.aliases)
-    made.by_rows = base.by_rows and tuned.by_rows
-    return made
+    return _by_rows(TensorSource(base, read, base.meta, base.aliases), base.by_rows and tuned.by_rows)
 
 
 def working(dtype: torch.dtype, wide: bool = False) -> torch.dtype:
@@ -379,9 +377,7 @@ def delta(base: Any, tuned: Any, skip: Iterable[str] = (), wide: bool = False) -
         found, there = base.meta(name), other.meta(name)
         return None if found is None or there is None else (found[0], working(found[1], wide))
 
-    made = TensorSource(names, read, meta, aliases)
-    made.by_rows = other.by_rows
-    return made
+    return _by_rows(TensorSource(names, read, meta, aliases), other.by_rows)
 
 
 def applied(base: Any, update: Mapping[str, Tensor]) -> TensorSource:

@@ -123,6 +123,7 @@ def test_a_curve_that_fails_leaves_the_others(monkeypatch, bench, tmp_path):
 
 def test_why_the_peers_cannot_be_installed_is_one_sentence(monkeypatch, tmp_path):
     assert peers.reason("Looking\nERROR: No matching distribution found for trl==9\n") == "No matching distribution found for trl==9."
+    assert peers.reason("WARNING: Location '/a' is ignored.\n") == "pip was stopped."
     monkeypatch.setattr(peers, "FOLDER", tmp_path / "env")
     assert not peers.runs(peers.interpreter())
     with pytest.raises(peers.NotInstalled, match=r"cannot be installed.*no_such_module_of_pip.*python -m bench.peers"):
