@@ -1,4 +1,4 @@
-"""Our side of the merging rows: from checkpoint folders to a checkpoint file."""
+"""Our side of the merging rows: `luthier merge`, from checkpoint folders to a model folder."""
 
 from __future__ import annotations
 
@@ -8,21 +8,20 @@ from pathlib import Path
 
 from bench.checkpoints import samples
 from bench.worker import Job, Memory, main, timed
-from luthier.core.source import TensorSource
-from luthier.merge.ties import Ties
-from luthier.merge.uniform_soup import UniformSoup
+from luthier.merging import merge as merged
 
 
 def merge(job: Job) -> Job:
     """Seconds and memory of reading, merging and writing."""
-    merger = Ties(density=job["density"], scope="tensor") if job["method"] == "ties" else UniformSoup()
+    ties = job["method"] == "ties"
+    base, options = (job["base"], {"density": job["density"], "scope": "tensor"}) if ties else (None, {})
     with tempfile.TemporaryDirectory(dir=job["folder"]) as folder, Memory() as memory:
-        seconds = timed(lambda: TensorSource.of(merger.merge(job["base"], job["tuned"])).save(folder), job["warmup"], job["steps"])
+        out = Path(folder) / "out"
+        seconds = timed(lambda: merged(job["tuned"], job["method"], out, base, options), job["warmup"], job["steps"])
         extra = memory.extra
-        sources = ([job["base"]] if job["method"] == "ties" else []) + job["tuned"]
+        sources = ([job["base"]] if ties else []) + job["tuned"]
         floor = timed(lambda: copied(sources, Path(folder) / "floor"), 0, 1)["seconds"][0]
-        (Path(folder) / "floor").unlink()
-        return {**seconds, "check": samples(Path(folder)), "extra_bytes": extra, "floor_seconds": floor}
+        return {**seconds, "check": samples(out), "extra_bytes": extra, "floor_seconds": floor}
 
 
 def copied(sources: list[str], target: Path) -> None:

@@ -18,6 +18,8 @@ def write(scaling: dict[str, Any], folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     made = []
     for name, found in scaling.items():
+        if not found.get("points"):
+            continue
         made.append(folder / f"{name}.svg")
         made[-1].write_text(svg(found["title"], found["x"], found["y"], found["points"]), encoding="utf-8")
     return made

@@ -40,6 +40,11 @@ def measure(case: Case, bench: Bench, repeats: int) -> Row:
     return _row(case, bench, job, ours, theirs, difference)
 
 
+def failed(case: Case, why: str) -> Row:
+    """What stands in the table for a row that could not be measured."""
+    return Row(case.name, case.work, case.peer, 0.0, case.unit, f"python -m bench {case.name}", 0, goal=asdict(case.goal), settings=case.settings, failed=" ".join(why.split()))
+
+
 def work(python: str, module: str, job: Job) -> Job:
     """One worker in a process of its own."""
     WORK.mkdir(parents=True, exist_ok=True)
@@ -48,8 +53,14 @@ def work(python: str, module: str, job: Job) -> Job:
     done = subprocess.run([python, "-m", f"bench.{module}", str(file)], cwd=ROOT, env=_environment(job["threads"]), capture_output=True, text=True)
     lines = done.stdout.strip().splitlines()
     if done.returncode or not lines:
-        raise Failed(f"bench.{module} ended with {done.returncode}:\n{done.stderr[-3000:]}")
+        raise Failed(f"bench.{module} ended with {done.returncode}: {last_line(done.stderr)} `{python} -m bench.{module} {file}` shows the rest.")
     return json.loads(lines[-1])
+
+
+def last_line(said: str) -> str:
+    """The last line of a traceback: what went wrong."""
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    return lines[-1][-500:] if lines else "it said nothing (out of memory?)"
 
 
 def _environment(threads: int) -> dict[str, str]:

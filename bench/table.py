@@ -41,11 +41,20 @@ def markdown(rows: Sequence[Row], scaling: dict[str, Any]) -> str:
     text = HEAD + "\n" + head + "".join(_line(row) for row in rows) + "\n" + "\n".join(_details(row) for row in rows)
     if scaling:
         text += "\n## How it grows\n\nMeasured and, dashed, in proportion to the largest size. `python -m bench scaling` repeats it.\n\n"
-        text += "".join(f"![{title}](plots/{name}.svg)\n" for name, title in sorted((k, v["title"]) for k, v in scaling.items()))
+        text += "".join(f"- {found['title']}: {growth(found['points'])}\n" if found.get("points") else f"- {name}: failed: {found['failed']}\n" for name, found in sorted(scaling.items()))
+        text += "\n" + "".join(f"![{found['title']}](plots/{name}.svg)\n" for name, found in sorted(scaling.items()) if found.get("points"))
     return text
 
 
+def growth(points: Sequence[Sequence[float]]) -> str:
+    """How much more the largest size takes than the smallest."""
+    (small, least), (large, most) = min(points), max(points)
+    return f"{large / small:g} times the size ({small:g} to {large:g}) takes {most / least:.2f} times as much" if least > 0 else f"from {least:.3g} to {most:.3g}"
+
+
 def _line(row: Row) -> str:
+    if row.failed:
+        return f"| {row.work} | {row.peer or '-'} | - | {goal_of(row)} | - | - | failed, see below |\n"
     ratio = "-" if row.ratio is None else f"**{row.ratio:.2f}**"
     memory = bytes_of(row.extra_bytes) if row.memory_ratio is None else f"{bytes_of(row.extra_bytes)} / {bytes_of(row.peer_extra_bytes)} = {row.memory_ratio:.2f}"
     share = "-" if row.share is None else f"{100 * row.share:.0f} %"
@@ -61,6 +70,8 @@ def goal_of(row: Row) -> str:
 
 def _details(row: Row) -> str:
     said = [f"## {row.name}", "", f"{row.work}. `{row.command}` repeats it.", ""]
+    if row.failed:
+        return "\n".join([*said, f"- failed: {row.failed}", ""])
     said.append(f"- ours: {seconds_of(row.seconds)} a {row.unit}" + (f", {seconds_of(row.whole_seconds)} in all" if row.whole_seconds is not None else ""))
     if row.peer_seconds is not None:
         said.append(f"- {row.peer}: {seconds_of(row.peer_seconds)} a {row.unit}; {row.ratio:.2f} times ours, {row.cpu_ratio:.2f} times in seconds of the cores")

@@ -1,6 +1,6 @@
 """`luthier merge`: checkpoints of any size combined tensor by tensor, from folders into a folder that transformers loads.
 
-Memory holds the few tensors that one tensor of the result is made of. A merge that was interrupted goes on with the first shard that
+Memory holds the few tensors that one tensor of the result is made of; of a merger that says `by_rows`, a few rows of them. A merge that was interrupted goes on with the first shard that
 was not finished.
 """
 
@@ -68,6 +68,7 @@ def merge(
         say(sentence)
     with checkpoint.disk_errors(folder, "model"):
         result = TensorSource.of(merger.merge(start, tuned, ctx))
+        result.by_rows |= bool(getattr(merger, "by_rows", False))
         files = result.save(folder, max_shard_bytes, progress, identity)
         _beside(like, folder)
     report = {k: v for k, v in getattr(merger, "report", {}).items() if isinstance(v, (int, float, str, list))}

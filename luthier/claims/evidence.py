@@ -60,8 +60,8 @@ def fingerprint(claim: Claim) -> str:
 
 PROSE = ("says", "published", "departs", "reason")
 """What a claim says about itself: an explanation written after a run does not make the run stale."""
-PLACES = ("parallel", "toy")
-"""What a method says about where it runs and how it is tried out."""
+PLACES = ("parallel", "toy", "by_rows")
+"""What a method says about where and in which pieces it runs, and how it is tried out."""
 
 
 @functools.cache

@@ -28,6 +28,7 @@ from luthier.core.plan import Learned, Micro, Outcome, Plan, rate
 from luthier.core.plugin import Group, Parts, Plugin, Step, Turn, defines, give_up
 from luthier.core.resume import restore, stop_signals, write
 from luthier.core.rowscores import RowScores
+from luthier.core.wiring import adapters_off, hook_gradients
 from luthier.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -103,8 +104,10 @@ class Engine:
                 self.model.network.enable_input_require_grads()
         self.optimizer = self.plan.optimizer.build(self.groups, self.ctx)
         self.base_lr = float(self.plan.optimizer.lr)
-        self._hook_gradients()
-        self._set_switch()
+        hook_gradients(self.plan.plugins, self.groups, self.ctx)
+        off = adapters_off(self.model, self.plan.adapters, self.parts)
+        if off is not None:
+            self.ctx.switch = off
         self._plan_length()
 
     def _spread(self) -> None:
@@ -132,32 +135,6 @@ class Engine:
                 if not group.active:
                     param.grad = None
                 param.requires_grad_(group.active)
-
-    def _hook_gradients(self) -> None:
-        listeners = [p for p in self.plan.plugins if defines(p, "on_grad")]
-        if not listeners:
-            return
-        for group in self.groups:
-            for name, param in group.params.items():
-
-                def ready(p: torch.Tensor, name: str = name) -> None:
-                    for plugin in listeners:
-                        plugin.on_grad(name, p, self.ctx)  # type: ignore[arg-type]
-
-                param.register_post_accumulate_grad_hook(ready)
-
-    def _set_switch(self) -> None:
-        adapters = self.plan.adapters
-        if adapters and all(getattr(a, "switchable", False) for a in adapters) and all(not p.modules for p in self.parts.values()):
-
-            @contextmanager
-            def off() -> Iterator[None]:
-                with ExitStack() as stack:
-                    for adapter in adapters:
-                        stack.enter_context(adapter.disabled(self.model))
-                    yield
-
-            self.ctx.switch = off
 
     def _plan_length(self) -> None:
         steps = self.train.steps

@@ -3,6 +3,8 @@
 `delta` and `applied` are the two ends of every merger: the update of a fine-tune, and a base with an update added. Half-precision
 tensors accumulate in fp32; a `wide` delta of fp32 tensors is kept in fp64, where base + (tuned - base) gives the tuned tensor back
 exactly. Results have the base's types. Integer tensors are never averaged: they are the base's.
+
+What goes entry by entry can be read in blocks of rows (`pieces`, see `windows`): then not even one large tensor is held.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from luthier.core.tensorfile import TensorFiles, open_checkpoint, write_file, write_folder
+from luthier.core.windows import BLOCK, cut_out, renamed, shape_here, whole, window, windows
 from luthier.errors import ModelError
 
 Meta = tuple[tuple[int, ...], torch.dtype]
@@ -42,6 +45,8 @@ class TensorSource(Mapping[str, Tensor]):
         self.base: TensorSource | None = None
         self.update: TensorSource | None = None
         """Where this is `base` plus a known update (a LoRA folder): that update, free of cancellation."""
+        self.by_rows = False
+        """Whether rows of a tensor can be computed without the others, so that `pieces` may ask for blocks of them."""
 
     @classmethod
     def of(cls, x: Any, base: Any = None) -> TensorSource:
@@ -80,9 +85,27 @@ class TensorSource(Mapping[str, Tensor]):
         """The names, each tied tensor once."""
         return [name for name in self._names if name not in self.aliases]
 
-    def map(self, function: Callable[[Tensor], Tensor]) -> TensorSource:
-        """The function of every tensor, computed when asked for."""
-        return self.map_named(lambda _, tensor: function(tensor))
+    def pieces(self, name: str, block: int = BLOCK) -> Iterator[Tensor]:
+        """A tensor from its first row to its last, in blocks of about so many entries where that is possible."""
+        meta = self.meta(name) if self.by_rows else None
+        parts = windows(name, meta[0], block) if meta is not None else []
+        if meta is None or not parts:
+            with whole():
+                piece = self[name]
+            yield piece
+        for part in parts:
+            with window(*part):
+                piece = self._read(name)
+            if tuple(piece.shape) != (part.stop - part.start, *meta[0][1:]):  # type: ignore[index]
+                raise ModelError(f"The tensor '{name}' cannot be computed in blocks of rows; this is an error of the merger, which says `by_rows`.")
+            yield piece
+
+    def map(self, function: Callable[[Tensor], Tensor], entrywise: bool = False) -> TensorSource:
+        """The function of every tensor, computed when asked for. `entrywise`: each entry of it depends on that entry alone."""
+        made = self.map_named(lambda _, tensor: function(tensor))
+        if entrywise:
+            made._meta, made.by_rows = self._meta, self.by_rows
+        return made
 
     def map_named(self, function: Callable[[str, Tensor], Tensor]) -> TensorSource:
         """Like `map`, for a function of name and tensor."""
@@ -91,7 +114,9 @@ class TensorSource(Mapping[str, Tensor]):
     def only(self, names: Iterable[str]) -> TensorSource:
         """Some of the tensors, in the given order."""
         kept = dict.fromkeys(names)
-        return TensorSource(kept, self._read, self._meta, {k: v for k, v in self.aliases.items() if k in kept and v in kept})
+        some = TensorSource(kept, self._read, self._meta, {k: v for k, v in self.aliases.items() if k in kept and v in kept})
+        some.by_rows = self.by_rows
+        return some
 
     def save(self, path: str | Path, max_shard_bytes: int = SHARD, progress: Callable[[int, int, str], None] | None = None, identity: str = "") -> list[Path]:
         """Write safetensors, computing one tensor at a time; tied tensors are written once.
@@ -110,18 +135,23 @@ class TensorSource(Mapping[str, Tensor]):
 def _of_mapping(x: Mapping[str, Any]) -> TensorSource:
     def read(name: str) -> Tensor:
         value = x[name]
-        return value.detach() if isinstance(value, Tensor) else torch.as_tensor(value)
+        return cut_out(name, value.detach() if isinstance(value, Tensor) else torch.as_tensor(value))
 
     # Other mappings may compute their values, so only plain state dicts are looked into.
     if not type(x).__module__.startswith(("builtins", "collections")):
-        return TensorSource(x, read)
+        return _by_rows(TensorSource(x, read))
     names = [name for name, value in x.items() if isinstance(value, Tensor) or hasattr(value, "__array__")]
     tensors: dict[str, Tensor] = {name: x[name] for name in names if isinstance(x[name], Tensor)}
 
     def meta(name: str) -> Meta | None:
         return (tuple(tensors[name].shape), tensors[name].dtype) if name in tensors else None
 
-    return TensorSource(names, read, meta, _tied(tensors))
+    return _by_rows(TensorSource(names, read, meta, _tied(tensors)))
+
+
+def _by_rows(source: TensorSource, may: bool = True) -> TensorSource:
+    source.by_rows = may
+    return source
 
 
 def _tied(tensors: Mapping[str, Tensor]) -> dict[str, str]:
@@ -158,7 +188,7 @@ def _of_path(path: Path, base: Any) -> TensorSource:
         source.base, source.update = base, update
         return source
     files = open_checkpoint(path)
-    return TensorSource(files.where, files.read, files.meta)
+    return _by_rows(TensorSource(files.where, lambda name: cut_out(name, files.read(name)), files.meta))
 
 
 # LoRA folders -----------------------------------------------------------------------------------------------------------
@@ -178,10 +208,16 @@ def lora_delta(folder: str | Path, base: Any) -> TensorSource:
 
     def read(name: str) -> Tensor:
         meta = base.meta(name)
-        shape = meta[0] if meta is not None else tuple(base[name].shape)
         found = parts.get(base.aliases.get(name, name)) or parts.get(name)
         if found is None:
-            return torch.zeros(shape)
+            return torch.zeros(base[name].shape if meta is None else shape_here(name, meta[0]))
+        with whole():  # a product of other shapes might be rounded otherwise
+            change = product(name, found)
+        return cut_out(name, change)
+
+    def product(name: str, found: Mapping[str, str]) -> Tensor:
+        meta = base.meta(name)
+        shape = meta[0] if meta is not None else tuple(base[name].shape)
         low = {role: key for role, key in found.items() if role != "whole"}
         pieces = [_product(low, files, config, name.removesuffix(".weight").removesuffix(".bias"))] if low else []
         pieces += [files.read(found["whole"]).float()] if "whole" in found else []
@@ -198,7 +234,7 @@ def lora_delta(folder: str | Path, base: Any) -> TensorSource:
     floating = dict.fromkeys(n for n in base if (m := base.meta(n)) is None or m[1].is_floating_point)
     # A tensor that was saved whole is no longer tied to its twin.
     tied = {k: v for k, v in base.aliases.items() if k in floating and k not in parts}
-    return TensorSource(floating, read, meta, tied)
+    return _by_rows(TensorSource(floating, read, meta, tied))
 
 
 def _lora_config(folder: Path) -> dict[str, Any]:
@@ -297,13 +333,13 @@ def aligned(base: TensorSource, tuned: TensorSource, skip: Iterable[str] = ()) -
         if left_out(name, skip):
             return base[name]
         group = twins.get(base.aliases.get(name, name), [])
-        found = tuned[name if name in tuned else next(n for n in group if n in tuned)]
+        found = renamed(name, name if name in tuned else next(n for n in group if n in tuned), tuned.__getitem__)
         meta = base.meta(name)
-        if meta is not None and tuple(found.shape) != meta[0]:
+        if meta is not None and tuple(found.shape) != shape_here(name, meta[0]):
             raise ModelError(f"The tensor '{name}' is {list(meta[0])} in the base and {list(found.shape)} in the other model.")
         return found
 
-    return TensorSource(base, read, base.meta, base.aliases)
+    return _by_rows(TensorSource(base, read, base.meta, base.aliases), base.by_rows and tuned.by_rows)
 
 
 def working(dtype: torch.dtype, wide: bool = False) -> torch.dtype:
@@ -334,13 +370,14 @@ def delta(base: Any, tuned: Any, skip: Iterable[str] = (), wide: bool = False) -
         if not b.is_floating_point():
             return torch.zeros_like(b)
         dtype = working(torch.promote_types(b.dtype, t.dtype) if b.dtype.itemsize > 1 else torch.float32, wide)
-        return t.to(b.device, dtype) - b.to(dtype)
+        change = t.to(b.device, dtype, copy=True)
+        return change.sub_(b if b.dtype.itemsize > 1 else b.to(dtype))  # b is widened in passing, without a copy of it
 
     def meta(name: str) -> Meta | None:
         found, there = base.meta(name), other.meta(name)
         return None if found is None or there is None else (found[0], working(found[1], wide))
 
-    return TensorSource(names, read, meta, aliases)
+    return _by_rows(TensorSource(names, read, meta, aliases), other.by_rows)
 
 
 def applied(base: Any, update: Mapping[str, Tensor]) -> TensorSource:
@@ -356,4 +393,6 @@ def applied(base: Any, update: Mapping[str, Tensor]) -> TensorSource:
         dtype = working(torch.promote_types(b.dtype, change.dtype) if b.dtype.itemsize > 1 else change.dtype)
         return (b.to(dtype) + change.to(b.device, dtype)).to(b.dtype)
 
-    return TensorSource(base, read, base.meta, {k: v for k, v in base.aliases.items() if k not in untied})
+    made = TensorSource(base, read, base.meta, {k: v for k, v in base.aliases.items() if k not in untied})
+    made.by_rows = base.by_rows and isinstance(update, TensorSource) and update.by_rows
+    return made

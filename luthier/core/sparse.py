@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,12 +16,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from luthier.core.source import TensorSource
 from luthier.core.tensorfile import open_checkpoint, write_file
+from luthier.core.windows import offset
 from luthier.errors import ModelError
 
 SparseDelta = dict[str, tuple[Tensor, Tensor]]
 """An update: for each tensor the flat positions (int64, sorted) and what is added there."""
-CHUNK = 1 << 24
+CHUNK = 1 << 20
 
 
 # which entries ----------------------------------------------------------------------------------------------------------
@@ -32,13 +35,17 @@ class Cut:
     """-inf: everything passes; nan: nothing does."""
     equal: dict[str, int] = field(default_factory=dict)
     """How many scores equal to the threshold pass, where not all do."""
+    until: dict[str, int] = field(default_factory=dict)
+    """The flat position after the last of these."""
 
     def mask(self, name: str, scores: Tensor) -> Tensor:
-        """Which entries of one tensor pass, in its shape."""
+        """Which entries of one tensor (or of the rows of it that are being read) pass, in its shape."""
         values = scores.detach().reshape(-1).float()
         if name in self.equal:
             passed = values > self.threshold
-            passed[(values == self.threshold).nonzero()[: self.equal[name], 0]] = True
+            before = offset(name, math.prod(scores.shape[1:]))
+            left = max(0, self.until[name] - before)
+            passed[:left] |= values[:left] == self.threshold
         else:
             passed = values >= self.threshold
         return passed.reshape(scores.shape)
@@ -68,11 +75,16 @@ def cut(scores: Mapping[str, Tensor], k: int) -> Cut:
     if left == int(low[lower]):
         return Cut(threshold)
     equal: dict[str, int] = {}
+    until: dict[str, int] = {}
+    seen: dict[str, int] = {}
     for name, values in _chunks(scores):
-        taken = min(left, int((values == threshold).sum()))
+        start, same = seen.get(name, 0), values == threshold
+        taken = min(left, int(same.sum()))
         equal[name] = equal.get(name, 0) + taken
+        until[name] = start + int(same.nonzero()[taken - 1, 0]) + 1 if taken else until.get(name, 0)
+        seen[name] = start + len(values)
         left -= taken
-    return Cut(threshold, equal)
+    return Cut(threshold, equal, until)
 
 
 _TOP, _BOTTOM = 0xFF80, 0x80
@@ -89,11 +101,12 @@ def _bucket(counts: Tensor, k: int) -> tuple[int, int]:
 
 def _chunks(scores: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     for name in scores:
-        tensor = scores[name]
-        if tensor.is_floating_point():
-            flat = tensor.detach().reshape(-1)
-            for start in range(0, flat.numel(), CHUNK):
-                yield name, flat[start : start + CHUNK].float().contiguous()
+        parts = scores.pieces(name, CHUNK) if isinstance(scores, TensorSource) else iter([scores[name]])
+        for tensor in parts:
+            if tensor.is_floating_point():
+                flat = tensor.detach().reshape(-1)
+                for start in range(0, flat.numel(), CHUNK):
+                    yield name, flat[start : start + CHUNK].float().contiguous()
 
 
 def _keys(values: Tensor) -> Tensor:

@@ -7,9 +7,10 @@ come and fills the header in at the end (trailing spaces are allowed there). Fil
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -115,15 +116,23 @@ class _Writer:
         self.file = path.open("wb")
         self.file.write(b" " * (8 + self.room))
 
-    def add(self, name: str, tensor: Tensor) -> None:
-        if tensor.dtype not in _CODES:
-            raise ModelError(f"The tensor '{name}' is of the type {tensor.dtype}, which a safetensors file cannot hold.")
+    def add(self, name: str, first: Tensor, others: Iterable[Tensor] = ()) -> None:
+        """Append a tensor: `first` alone, or its first rows and then the others block by block."""
+        if first.dtype not in _CODES:
+            raise ModelError(f"The tensor '{name}' is of the type {first.dtype}, which a safetensors file cannot hold.")
+        start, shape, dtype = self.size, list(first.shape), first.dtype
+        self._append(first)
+        del first
+        for rows in others:
+            self._append(rows.to(dtype))
+            shape[0] += len(rows)
+        self.entries[name] = {"dtype": _CODES[dtype], "shape": shape, "data_offsets": [start, self.size]}
+
+    def _append(self, tensor: Tensor) -> None:
         tensor = tensor.detach().to("cpu").contiguous()
-        start = self.size
         if tensor.numel():
             self.file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
         self.size += tensor.numel() * tensor.element_size()
-        self.entries[name] = {"dtype": _CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, self.size]}
 
     def close(self) -> None:
         header = json.dumps({"__metadata__": self.metadata, **self.entries}, separators=(",", ":")).encode()
@@ -141,6 +150,18 @@ class _Writer:
         return _Shard(path, self.size, list(self.entries))
 
 
+def pieces(tensors: Mapping[str, Tensor], name: str) -> Iterator[Tensor]:
+    """A tensor in blocks of rows where the mapping can give it so, else in one."""
+    parts = getattr(tensors, "pieces", None)
+    return iter([tensors[name]]) if parts is None else parts(name)
+
+
+def _bytes(tensors: Mapping[str, Tensor], name: str, first: Tensor) -> int:
+    """The size of a whole tensor of which the first piece is known."""
+    meta = tensors.meta(name) if getattr(tensors, "by_rows", False) else None  # type: ignore[attr-defined]
+    return (first.numel() if meta is None else math.prod(meta[0])) * first.element_size()
+
+
 def write_file(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """One safetensors file, complete or not there at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -148,7 +169,8 @@ def write_file(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str,
     writer = _Writer(partial, list(tensors), metadata or {})
     try:
         for name in tensors:
-            writer.add(name, tensors[name])
+            parts = pieces(tensors, name)
+            writer.add(name, next(parts), parts)
         writer.close()
         os.replace(partial, path)
     finally:
@@ -175,12 +197,14 @@ def write_folder(
     try:
         for place, name in enumerate(names):
             if name not in done:
-                tensor = tensors[name]
-                if writer is None or (writer.size and writer.size + tensor.numel() * tensor.element_size() > max_shard_bytes):
+                parts = pieces(tensors, name)
+                first = next(parts)
+                if writer is None or (writer.size and writer.size + _bytes(tensors, name, first) > max_shard_bytes):
                     if writer is not None:
                         finished.append(writer.finished())
                     writer = _Writer(partial / f"{len(finished)}.writing", names[place:], {"format": "pt"})
-                writer.add(name, tensor)
+                writer.add(name, first, parts)
+                del first
             if progress is not None:
                 progress(place + 1, len(names), name)
         if writer is not None or not finished:

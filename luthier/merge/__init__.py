@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 class Merger(Plugin):
     """`merge` is lazy: the result is a mapping whose tensors are computed when asked for, so mergers stream and chain."""
 
+    by_rows = False
+    """Whether rows of a tensor of the result follow from the same rows of what is merged (apart from what is read within `whole()`):
+    large tensors are then computed in blocks of rows."""
+
     def merge(self, base: Any, tuned: SequenceOf[Any], ctx: Context | None = None) -> TensorSource | Mapping[str, Any]:
         """`base` and each of `tuned`: a state dict, a TensorSource, or a checkpoint's path."""
         raise NotImplementedError

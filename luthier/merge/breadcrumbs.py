@@ -14,6 +14,7 @@ from torch import Tensor
 from luthier.catalog import register
 from luthier.core.source import TensorSource, applied
 from luthier.core.sparse import Cut, band_mask, cut
+from luthier.core.windows import whole
 from luthier.errors import RecipeError
 from luthier.merge._shared import VectorMerger, deltas, floating, layer_of, size_of, summed
 
@@ -37,17 +38,16 @@ def breadcrumbs(
 def middle(update: TensorSource, keep: float, remove: float, granularity: Granularity = "tensor", order: Order = "remove-first") -> TensorSource:
     """An update without its largest and its smallest entries; nothing is rescaled."""
     ranks = functools.partial(_ranks, keep=keep, remove=remove, order=order)
-    layer = _by_layer(update, ranks) if granularity == "layer" else None
+    mask_of = None if granularity == "row" else _together(update, ranks, layer_of if granularity == "layer" else str)
 
     def read(name: str, tensor: Tensor) -> Tensor:
         if tensor.ndim == 0 or not tensor.is_floating_point():
             return tensor
         size = tensor.abs()
-        if layer is not None:
-            mask = layer(update.aliases.get(name, name), size)
+        if mask_of is not None:
+            mask = mask_of(update.aliases.get(name, name), size)
         else:
-            first, number = ranks(tensor.shape[-1] if granularity == "row" else tensor.numel())
-            mask = band_mask(size, first, number, rows=granularity == "row")
+            mask = band_mask(size, *ranks(tensor.shape[-1]), rows=True)
         return torch.where(mask, tensor, torch.zeros_like(tensor))
 
     changed = update.map_named(read)
@@ -60,22 +60,23 @@ def _ranks(n: int, keep: float, remove: float, order: Order) -> tuple[int, int]:
     return (first, number) if order == "remove-first" else (first, max(0, number - first))
 
 
-def _by_layer(update: TensorSource, ranks: Callable[[int], tuple[int, int]]) -> Callable[[str, Tensor], Tensor]:
-    """Masks over all tensors of a block together; a tensor outside the blocks is a layer of its own."""
+def _together(update: TensorSource, ranks: Callable[[int], tuple[int, int]], group_of: Callable[[str], Any]) -> Callable[[str, Tensor], Tensor]:
+    """Masks over all tensors of a group together: of a block (a tensor outside the blocks is alone), or of one tensor."""
     layers: dict[Any, list[str]] = {}
     for name in floating(update):
-        layers.setdefault(layer_of(name), []).append(name)
+        layers.setdefault(group_of(name), []).append(name)
 
     @functools.cache
     def cuts(key: Any) -> tuple[Cut, Cut]:
         # Single numbers are kept whole and belong to no ranking.
         members = [n for n in layers[key] if (m := update.meta(n)) is None or m[0] != ()]
-        sizes = update.only(members).map(torch.abs)
-        first, number = ranks(size_of(update.only(members)))
-        return cut(sizes, first + number), cut(sizes, first)
+        with whole():
+            sizes = update.only(members).map(torch.abs, entrywise=True)
+            first, number = ranks(size_of(update.only(members)))
+            return cut(sizes, first + number), cut(sizes, first)
 
     def mask(name: str, size: Tensor) -> Tensor:
-        outer, inner = cuts(layer_of(name))
+        outer, inner = cuts(group_of(name))
         return outer.mask(name, size) & ~inner.mask(name, size)
 
     return mask
@@ -110,6 +111,8 @@ class Breadcrumbs(VectorMerger):
     """One weight for each model; all 1 if not given."""
     skip: list[str] = field(default_factory=list)
     """Tensors to leave as the base has them: names, leading parts of names, or globs. Task heads belong here."""
+
+    by_rows = True
 
     def __post_init__(self) -> None:
         for name in ("keep", "remove"):

@@ -71,6 +71,8 @@ class GreedySoup(Merger):
 
     needs = frozenset({"val"})
 
+    by_rows = True
+
     def __post_init__(self) -> None:
         self.report: dict[str, Any] = {}
 

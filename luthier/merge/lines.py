@@ -90,6 +90,8 @@ class Lines(VectorMerger):
     skip: list[str] = field(default_factory=list)
     """Tensors to leave as the base has them: names, leading parts of names, or globs. Task heads belong here."""
 
+    by_rows = property(lambda self: self.merger().by_rows)  # type: ignore[assignment]
+
     def __post_init__(self) -> None:
         for name in ("alpha", "beta"):
             value = getattr(self, name)

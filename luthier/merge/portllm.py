@@ -96,6 +96,8 @@ class PortLLM(VectorMerger):
     skip: list[str] = field(default_factory=list)
     """Tensors to leave as the new base has them: names, leading parts of names, or globs."""
 
+    by_rows = True
+
     def __post_init__(self) -> None:
         if self.old is not None and self.onto is not None:
             raise RecipeError("portllm takes `old` (the recipe's model is the new base) or `onto` (it is the old one), not both.")

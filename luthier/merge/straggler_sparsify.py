@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
+import torch
 from torch import Tensor
 
 from luthier.catalog import register
 from luthier.core.at_weights import at_weights
 from luthier.core.landscape import Landscape, collated, layer_barriers, layers, stragglers
 from luthier.core.source import TensorSource, applied, left_out
-from luthier.core.sparse import band_mask
+from luthier.core.sparse import Cut, cut
+from luthier.core.windows import whole
 from luthier.errors import ModelError, RecipeError
-from luthier.merge._shared import VectorMerger, best, deltas, models, summed
+from luthier.merge._shared import VectorMerger, best, deltas, models, size_of, summed
 
 if TYPE_CHECKING:
     from luthier.core.context import Context
@@ -33,10 +36,16 @@ def sparse_in(update: TensorSource, names: Iterable[str], keep: float) -> Tensor
     """An update of which some tensors keep only their int(keep n) entries of largest magnitude."""
     patterns = list(names)
 
+    @functools.cache
+    def largest(name: str) -> Cut:
+        with whole():
+            one = update.only([name])
+            return cut(one.map(torch.abs, entrywise=True), int(keep * size_of(one)))
+
     def change(name: str, x: Tensor) -> Tensor:
         if not x.is_floating_point() or not left_out(name, patterns):
             return x
-        return x.masked_fill(~band_mask(x.abs(), 0, float(keep)), 0)
+        return x.masked_fill(~largest(name).mask(name, x.abs()), 0)
 
     changed = update.map_named(lambda name, x: change(update.aliases.get(name, name), x))
     return TensorSource(update, changed.__getitem__, update.meta, update.aliases)
@@ -48,7 +57,9 @@ def scaled(update: TensorSource, strength: float) -> TensorSource:
 
 
 def _mean(updates: SequenceOf[TensorSource]) -> TensorSource:
-    return summed(updates, 1 / len(updates))
+    mean = summed(updates, 1 / len(updates))
+    mean.by_rows = all(update.by_rows for update in updates)
+    return mean
 
 
 @register("straggler-sparsify", paper=55)
@@ -86,6 +97,8 @@ class StragglerSparsify(VectorMerger):
 
     needs = frozenset({"val"})
     toy = {"points": 3}
+
+    by_rows = True
 
     def __post_init__(self) -> None:
         for name in ("keep", "share"):

@@ -36,5 +36,7 @@ class TaskArithmetic(VectorMerger):
     skip: list[str] = field(default_factory=list)
     """Tensors to leave as the base has them: names, leading parts of names, or globs. Task heads belong here."""
 
+    by_rows = True
+
     def update(self, base: Any, tuned: SequenceOf[Any], ctx: Context | None = None) -> TensorSource:
         return summed(deltas(base, tuned, self.skip), self.scale, self.weights)

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from luthier.catalog import register
 from luthier.core.source import TensorSource, applied
-from luthier.core.sparse import band_mask, cut
+from luthier.core.sparse import Cut, cut
+from luthier.core.windows import whole
 from luthier.errors import RecipeError
 from luthier.merge._shared import VectorMerger, deltas, floating, size_of, weights_of
 
@@ -49,8 +50,13 @@ def trimmed_merge(
 
     @functools.cache
     def majority() -> float:
-        names = floating(updates[0])
-        total = sum(float(elected(trimmed(n), elect).double().sum()) for n in names if updates[0][n].is_floating_point())
+        def read(name: str) -> Tensor:
+            first = updates[0][name]
+            return elected(trimmed(name), elect) if first.is_floating_point() else first
+
+        signs = TensorSource(floating(updates[0]), read, updates[0].meta)
+        signs.by_rows = True
+        total = sum(float(part.double().sum()) for name in signs for part in signs.pieces(name) if part.is_floating_point())
         return -1.0 if total < 0 else 1.0
 
     def read(name: str) -> Tensor:
@@ -66,14 +72,13 @@ def _trim(update: TensorSource, density: float, scope: str) -> Callable[[str, Te
     """Which entries of a tensor are among the update's largest: int(density n) of the whole vector or of the tensor, by index."""
 
     @functools.cache
-    def threshold() -> Any:
-        vector = floating(update)
-        return cut(vector.map(torch.abs), int(density * size_of(vector)))
+    def threshold(name: str | None) -> Cut:
+        with whole():
+            vector = floating(update) if name is None else update.only([name])
+            return cut(vector.map(torch.abs, entrywise=True), int(density * size_of(vector)))
 
     def keep(name: str, tensor: Tensor) -> Tensor:
-        if scope == "tensor":
-            return band_mask(tensor.abs(), 0, float(density))
-        return threshold().mask(update.aliases.get(name, name), tensor.abs())
+        return threshold(None if scope == "all" else name).mask(update.aliases.get(name, name) if scope == "all" else name, tensor.abs())
 
     return keep
 
@@ -130,6 +135,8 @@ class Ties(VectorMerger):
     """One weight for each model; all 1 if not given."""
     skip: list[str] = field(default_factory=list)
     """Tensors to leave as the base has them: names, leading parts of names, or globs. Task heads belong here."""
+
+    by_rows = True
 
     def __post_init__(self) -> None:
         if not 0 <= self.density <= 1:

@@ -38,6 +38,8 @@ class UniformSoup(Merger):
     skip: list[str] = field(default_factory=list)
     """Tensors to leave as the base (or, without one, the first model) has them: names, leading parts of names, or globs."""
 
+    by_rows = True
+
     def merge(self, base: Any, tuned: SequenceOf[Any], ctx: Context | None = None) -> TensorSource:
         states, home = ingredients(base, tuned, self.include_base)
         return average(states, self.weights, self.skip, home)

@@ -1,12 +1,14 @@
 """What is written, and what is refused."""
 
 import json
+import sys
 import xml.etree.ElementTree as ET
 from dataclasses import asdict, replace
 
 import pytest
 
-from bench import plots, run, table
+from bench import __main__ as main
+from bench import peers, plots, run, table
 from bench.case import Bench, Case, Goal, Row
 from bench.cases import CASES
 
@@ -87,3 +89,48 @@ def test_every_row_names_modules_that_exist():
         for module in filter(None, (case.ours, case.theirs)):
             assert (table.HERE / f"{module}.py").exists()
         assert bool(case.peer) == bool(case.theirs)
+
+
+def test_a_row_that_fails_is_written_with_its_sentence_and_stops_no_other(monkeypatch, bench, tmp_path):
+    def measured(case, *_):
+        if case.name == "sft":
+            raise run.Failed("bench.peer_trl ended with 1: ImportError: no trl")
+        return replace(run.failed(case, ""), seconds=1.0, goal={"seconds": 2.0})
+
+    monkeypatch.setattr(main, "measure", measured)
+    assert [main.one(name, bench, 1, tmp_path) for name in ("sft", "help")] == [False, True]
+    found = {r["name"]: r for r in json.loads((tmp_path / "results.json").read_text())["rows"]}
+    assert found["sft"]["failed"].endswith("no trl") and found["sft"]["ratio"] is None and not found["help"]["failed"]
+    text = (tmp_path / "RESULTS.md").read_text()
+    assert "failed, see below" in text and "- failed: bench.peer_trl ended with 1: ImportError: no trl" in text and "| reached |" in text
+    monkeypatch.setattr(main, "measure", lambda case, *_: replace(run.failed(case, ""), seconds=1.0))
+    assert main.one("sft", bench, 1, tmp_path) and "failed" not in (tmp_path / "RESULTS.md").read_text()
+
+
+def test_a_curve_that_fails_leaves_the_others(monkeypatch, bench, tmp_path):
+    def work(python, module, job):
+        if module == "ours_scaling":
+            raise run.Failed("no memory")
+        return {"extra_bytes": 1e6 * job["batch"]}
+
+    monkeypatch.setattr(main, "work", work)
+    monkeypatch.setattr(main, "contrastive", lambda bench, size: {"batch": size})
+    assert not main.one("scaling", bench, 1, tmp_path)
+    text = (tmp_path / "RESULTS.md").read_text()
+    assert "failed: no memory" in text and "16 times the size (64 to 1024) takes 16.00 times as much" in text and "plots/contrastive-memory.svg" in text
+    assert (tmp_path / "plots" / "contrastive-memory.svg").exists()
+
+
+def test_why_the_peers_cannot_be_installed_is_one_sentence(monkeypatch, tmp_path):
+    assert peers.reason("Looking\nERROR: No matching distribution found for trl==9\n") == "No matching distribution found for trl==9."
+    assert peers.reason("WARNING: Location '/a' is ignored.\n") == "pip was stopped."
+    monkeypatch.setattr(peers, "FOLDER", tmp_path / "env")
+    assert not peers.runs(peers.interpreter())
+    with pytest.raises(peers.NotInstalled, match=r"cannot be installed.*no_such_module_of_pip.*python -m bench.peers"):
+        peers.install(sys.executable, "--find-links", "no_such_module_of_pip", "--no-index", "no_such_module_of_pip")
+
+
+def test_every_peer_and_all_it_needs_has_one_version():
+    lines = [line for line in peers.WANTED.read_text().splitlines() if line and not line.startswith("#")]
+    names = [line.split("==")[0] for line in lines]
+    assert all(line.count("==") == 1 for line in lines) and len(set(names)) == len(names) and {"torch", "trl", "lm-eval", "mergekit", "sentence-transformers"} <= set(names)
