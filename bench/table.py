@@ -48,7 +48,7 @@ def markdown(rows: Sequence[Row], scaling: dict[str, Any]) -> str:
 
 def growth(points: Sequence[Sequence[float]]) -> str:
     """How much more the largest size takes than the smallest."""
-    (small, least), (large, most) = min(points), max(points)
+    (small, least), (large, most) = min(tuple(p) for p in points), max(tuple(p) for p in points)
     return f"{large / small:g} times the size ({small:g} to {large:g}) takes {most / least:.2f} times as much" if least > 0 else f"from {least:.3g} to {most:.3g}"
 
 
