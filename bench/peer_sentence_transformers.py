@@ -8,6 +8,7 @@ from typing import Any
 from datasets import Dataset
 from sentence_transformers import SentenceTransformer, SentenceTransformerTrainer, SentenceTransformerTrainingArguments
 from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
+from torch.utils.data import BatchSampler, SequentialSampler
 from transformers import TrainerCallback
 
 from bench.worker import Clock, Job, Memory, main, without_dropout
@@ -24,7 +25,10 @@ class Watch(TrainerCallback):
 
 
 class Keeping(SentenceTransformerTrainer):
-    """Keeps every loss (the trainer's log rounds them)."""
+    """Takes rows in their order and keeps every loss (the trainer's log rounds them)."""
+
+    def get_batch_sampler(self, dataset: Any, batch_size: int, drop_last: bool, *_: Any, **__: Any) -> BatchSampler:
+        return BatchSampler(SequentialSampler(dataset), batch_size, drop_last)
 
     def training_step(self, *args: Any, **more: Any) -> Any:
         loss = super().training_step(*args, **more)
@@ -40,7 +44,7 @@ def train(job: Job) -> Job:
     with tempfile.TemporaryDirectory() as folder:
         settings = SentenceTransformerTrainingArguments(
             output_dir=folder, max_steps=job["warmup"] + job["steps"], per_device_train_batch_size=job["batch"], learning_rate=job["lr"],
-            lr_scheduler_type="constant", warmup_steps=0, weight_decay=0.0, max_grad_norm=1.0, use_cpu=True, train_sampling_strategy="sequential",
+            lr_scheduler_type="constant", warmup_steps=0, weight_decay=0.0, max_grad_norm=1.0, use_cpu=True,
             save_strategy="no", report_to=[], logging_steps=1, disable_tqdm=True, dataloader_pin_memory=False,
         )  # fmt: skip
         loss = CachedMultipleNegativesRankingLoss(model, mini_batch_size=job["chunk"], mini_batch_num_tokens=job["chunk_tokens"])
