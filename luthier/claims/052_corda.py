@@ -18,6 +18,9 @@ claim = Claim(
     models=("lm-m",),
     departs="A model of 1.1 M parameters that knows 240 facts learns to sort lists of 3 to 6 digits in 120 steps of 32 rows; rank 8 of 128; calibration on 256 facts stated "
     "in the templates the model was trained with. Rates are chosen per arm on the mean, and larger than the paper's.",
+    reason="It learns faster than LoRA at any one rate and forgets faster as well, so its best point is another on the same trade-off: 0.70 of sorting with 0.89 of the facts, "
+    "against 0.61 with 0.98. The calibration itself does matter: on noise in place of facts the mean falls to 0.72, and with the weights' own smallest directions to 0.75. "
+    "In a model 128 numbers wide few directions are free of what it knows; the paper's are 4,096 wide.",
 )
 GRID = {"lr": (1e-3, 3e-3, 1e-2)}
 """Rank 8 learns nothing here at 1e-4."""
