@@ -24,7 +24,7 @@ SETTLED = 0.2
 """The share of the run in which caches fill; growth is looked for after it."""
 GROWTH = 0.02
 """Growth of memory over the rest of the run that is still called flat."""
-RECIPE = ["model=lab:lm-s", "data=lab:traces?n=400&skills=sort", "adapt=lora", "optimize.lr=1e-4", "train.steps=100000000", "train.schedule=constant", "train.batch=16",
+RECIPE = ["model=lab:lm-s", "data=lab:traces?n=400&skills=sort", "adapt=lora", "optimize.lr=1e-4", "train.steps=100000000", "train.schedule=constant", "train.warmup=0", "train.batch=16",
           "train.save_every=50", f"train.keep={KEEP}", "train.log_every=5", "measure=[]"]  # fmt: skip
 
 
@@ -83,7 +83,7 @@ def filled(disk: Path) -> tuple[list[str], list[str]]:
                 file.write(b"\0" * 4096)
         except OSError:
             pass
-    said = run.communicate(timeout=600)[1].strip()
+    said = run.communicate(timeout=600)[1].strip().replace(str(disk), "DISK")
     kept = lines(folder)
     hog.unlink()
     again = start(folder, str(folder), "--resume")
