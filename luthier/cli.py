@@ -274,7 +274,7 @@ def _matrix(args: argparse.Namespace) -> None:
     for axis in axes:
         entries(axis)
     tell = None if args.json else lambda e: say(f"{e['outcome']:8} {e['a']} x {e['b']}" + ("" if e["outcome"] == "runs" else f": {e['why']}"))
-    found = matrix(axes, tell)
+    found = matrix(axes, tell, args.cores)
     counts = {o: sum(e["outcome"] == o for e in found) for o in ("runs", "refused", "crashed")}
     if args.json:
         say_json(found)
@@ -386,6 +386,7 @@ def _add_writing(commands: Any) -> None:
     one.add_argument("--dir", help="where to write")
     one = _add(commands, "matrix", _matrix, "run every pair of methods at toy size", json=True)
     one.add_argument("--axes", help="only pairs between these, e.g. adapt,objective")
+    one.add_argument("--cores", type=int, default=os.cpu_count() or 1, help="pairs at a time; default: all cores")
 
 
 if __name__ == "__main__":

@@ -294,7 +294,7 @@ def test_new(call, tmp_path):
 def test_matrix(call, fake):
     pairs = [{"a": "adapt/lora", "b": "objective/sft", "outcome": "runs", "why": "causal-lm", "seconds": 1}]
 
-    def run(axes, tell):
+    def run(axes, tell, cores):
         for pair in pairs if tell else []:
             tell(pair)
         return pairs

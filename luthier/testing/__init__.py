@@ -26,8 +26,8 @@ def new(axis: str, name: str, directory: str | None = None) -> list[Any]:
     return run(axis, name, directory)
 
 
-def matrix(axes: tuple[str, ...] = (), tell: Any = None) -> list[dict[str, Any]]:
+def matrix(axes: tuple[str, ...] = (), tell: Any = None, cores: int = 1) -> list[dict[str, Any]]:
     """Run every pair of methods on two axes at toy size; one entry a pair: runs, or refused and why."""
     from luthier.testing.matrix import matrix as run
 
-    return run(axes, tell)
+    return run(axes, tell, cores)

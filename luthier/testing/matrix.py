@@ -4,30 +4,51 @@ from __future__ import annotations
 
 import gc
 import itertools
+import multiprocessing
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from luthier.catalog import AXES, entries
+from luthier.catalog import AXES, entries, method
 from luthier.errors import UserError
 
 
-def matrix(axes: tuple[str, ...] = (), tell: Callable[[dict[str, Any]], None] | None = None) -> list[dict[str, Any]]:
+def matrix(axes: tuple[str, ...] = (), tell: Callable[[dict[str, Any]], None] | None = None, cores: int = 1) -> list[dict[str, Any]]:
     """One entry a pair: {"a", "b", "outcome": runs | refused | crashed, "why", "seconds"}. `axes` limits it to pairs between these."""
     chosen = [a for a in AXES if not axes or a in axes]
+    pairs = [(f"{x}/{a.name}", f"{y}/{b.name}") for x, y in itertools.combinations(chosen, 2) for a, b in itertools.product(entries(x), entries(y))]
     found = []
-    with settled():
-        for first, second in itertools.combinations(chosen, 2):
-            for a, b in itertools.product(entries(first), entries(second)):
-                entry = pair({first: a.load(), second: b.load()})
-                found.append({"a": f"{first}/{a.name}", "b": f"{second}/{b.name}", **entry})
-                if tell is not None:
-                    tell(found[-1])
+    with ExitStack() as stack:
+        if cores > 1:
+            pool = stack.enter_context(ProcessPoolExecutor(cores, multiprocessing.get_context("spawn"), _start))
+            made: Iterable[dict[str, Any]] = pool.map(_named, pairs, chunksize=16)
+        else:
+            stack.enter_context(settled())
+            made = map(_named, pairs)
+        for entry in made:
+            found.append(entry)
+            if tell is not None:
+                tell(entry)
     return found
+
+
+def _named(names: tuple[str, str]) -> dict[str, Any]:
+    """The entry of two methods, "axis/name" each."""
+    a, b = names
+    return {"a": a, "b": b, **pair({name.split("/")[0]: method(*name.split("/")) for name in names})}
+
+
+def _start() -> None:
+    """A process that shares the cores with others and runs many pairs."""
+    import torch
+
+    torch.set_num_threads(1)
+    settled().__enter__()
 
 
 @contextmanager
