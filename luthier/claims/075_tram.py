@@ -21,6 +21,9 @@ claim = Claim(
     models=("vit",),
     departs="A vision transformer of 0.3 M parameters that first learns the digits in five domains, then their parity from clean ones alone: the shape of cross-lingual transfer. "
     "80 steps of AdamW (betas 0.9 and 0.99) below every method. ASAM's radius is chosen from three values, TRAM's scale stays 1.",
+    reason="A second pass buys little here for any method: ASAM is 0.4 points above Adam and TRAM to the last weights 0.05. Weights of one step and the next differ so little in "
+    "80 small steps that the trust region shrinks the perturbation to almost nothing, and TRAM is Adam. Measured from the base, the region is wide and does work: as good "
+    "as ASAM on other domains, and more of the old task is kept (0.825 against 0.794).",
 )
 
 
