@@ -210,8 +210,7 @@ class Engine:
         return batch if ranks.size() == 1 else batch.take(self._share(len(batch)))
 
     def _share(self, n: int) -> list[int]:
-        """This process's rows of `n`: all of them where the loss is the whole batch's. One that gets none joins the others' passes with a
-        row that does not count."""
+        """This process's rows of `n`; all of them where the loss is the whole batch's. One that gets none passes a row that does not count."""
         mine = list(range(n) if self.whole else ranks.share(n))
         self.counts_rows = bool(mine)
         return mine or list(range(min(n, 1)))
@@ -299,10 +298,12 @@ class Engine:
             for name, term in loss.terms.items():
                 shown = term.total if term.report is None else term.report
                 divisor = count.get(name, count.get(term.per, 1.0) if term.count is None else term.count)
-                losses[name] = losses.get(name, 0.0) + part * float(shown.detach()) / (divisor or 1.0)
+                told = part * float(shown.detach()) / (divisor or 1.0)
+                losses[name] = losses.get(name, 0.0) + told
+                losses["loss"] = losses.get("loss", 0.0) + term.weight * told
             if grad and value.requires_grad:
                 self.accelerator.backward(value)
-            losses["loss"] = losses.get("loss", 0.0) + float(value.detach())
+            losses["loss"] = losses["loss"] if bool(value.detach().isfinite()) else float("nan")
 
     def _losses(self, objectives: list[tuple[Any, float]], batch: Batch) -> Iterator[Loss]:
         total = Loss()

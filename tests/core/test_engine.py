@@ -18,8 +18,9 @@ from luthier.core.loss import Loss
 from luthier.core.plugin import Group, Parts
 from luthier.errors import RecipeError, TrainingError
 from luthier.objective import Objective, Supervised
+from luthier.objective.info_nce import InfoNCE
 from luthier.optimize import Optimizer, torch_groups
-from tests.helpers import tiny_llama
+from tests.helpers import tiny_bert, tiny_llama
 
 
 class Everything(Adapter):
@@ -279,3 +280,13 @@ def test_runs_of_different_precision_follow_one_another():
         made = engine(precision=precision, steps=1, dropout=0.0)
         losses.append(made.run().losses["loss"])
     assert losses[0] == losses[2] != losses[1] == pytest.approx(losses[0], rel=0.02)
+
+
+def test_the_loss_that_is_told_is_the_loss_where_gradients_are_cached():
+    rows, found = [{"anchor": f"w{i} w{i + 1}", "positive": f"w{i + 2} w{i + 20}"} for i in range(6)], []
+    for chunk in (0, 2):
+        family = tiny_bert()
+        plan = Plan(family, rows, [(InfoNCE(chunk=chunk), 0.5)], Adam(), [Everything()])
+        found.append(Engine(plan, settings(steps=2, batch=6), Context(family, 0), None, Journal(None)).run().losses)
+    assert found[1] == pytest.approx(found[0], rel=1e-4)
+    assert found[0]["loss"] == pytest.approx(0.5 * found[0]["info_nce"], rel=1e-5)
