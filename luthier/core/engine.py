@@ -23,6 +23,7 @@ from luthier.core.context import Clock, Context, seed_of
 from luthier.core.feed import Feed
 from luthier.core.hooks import checkpoint_contexts
 from luthier.core.journal import Journal
+from luthier.core.lean import lean
 from luthier.core.loss import Loss, of
 from luthier.core.plan import Learned, Micro, Outcome, Plan, rate
 from luthier.core.plugin import Group, Parts, Plugin, Step, Turn, defines, give_up
@@ -154,7 +155,7 @@ class Engine:
             restore(self)
         started, clock = time.monotonic(), self.ctx.clock
         last = Step(clock.step, self.feed.epoch, self.model, self.groups, self.optimizer)
-        with stop_signals(self), self.journal.progress(clock.steps, clock.step):
+        with stop_signals(self), self.journal.progress(clock.steps, clock.step), lean(self.model.network):
             while clock.step < clock.steps and not self.ended and not self.stopping:
                 epoch_before = self.feed.epoch
                 for step in self._draw_and_step():
@@ -382,9 +383,8 @@ class Engine:
         """The model as it will be used, around evaluation, measures and export. `adapters`: with what the adapters fold, too."""
         with ExitStack() as stack:
             for plugin in self.plan.plugins:
-                if not adapters and plugin in self.plan.adapters:
-                    continue
-                stack.enter_context(plugin.folded(self.model))
+                if adapters or plugin not in self.plan.adapters:
+                    stack.enter_context(plugin.folded(self.model))
             yield self.model
 
     def _save_is_due(self) -> bool:

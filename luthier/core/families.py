@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from luthier.core.batch import Batch, Sequence, TokenForest
 from luthier.core.ranks import spread
 from luthier.core.scores import TokenScores
+from luthier.core.tree_attention import attach
 from luthier.errors import ModelError
 
 T = TypeVar("T")
@@ -235,7 +236,7 @@ class CausalLM(Family):
         config, dtype = self.config, self.dtype
         window = getattr(config, "sliding_window", None)
         kinds = set(getattr(config, "layer_types", None) or [])
-        full = forest.additive(dtype).to(self.device)
+        full = attach(forest.additive(dtype).to(self.device), forest, int(getattr(config, "hidden_size", None) or 576))
         if kinds and self._takes_mask_per_kind():
             return {k: forest.additive(dtype, window).to(self.device) if "sliding" in k else full for k in kinds}
         return forest.additive(dtype, window).to(self.device) if window is not None else full

@@ -11,6 +11,7 @@ import transformers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from luthier.core import tree_attention
 from luthier.core.batch import Sequence, TokenForest
 from luthier.core.families import CausalLM
 from tests.helpers import tiny_tokenizer
@@ -31,6 +32,14 @@ ARCHITECTURES = {
     "gemma3": ("Gemma3", {"num_key_value_heads": 2, "query_pre_attn_scalar": 4, **WINDOWED}),
     "gpt2": ("GPT2", {}),
 }
+
+
+@pytest.fixture(autouse=True, scope="module", params=["whole bins", "by parts"])
+def attention(request):
+    """Under one mask over a bin, as small ones are, and taken apart, as large ones."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tree_attention, "WORTH", 10**12 if request.param == "whole bins" else -(10**12))
+        yield
 
 
 @functools.cache

@@ -1,0 +1,151 @@
+"""The short path computes what the usual one does, gives the same gradients and keeps less."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from luthier.core.lean import lean
+from luthier.core.meters import saved_bytes
+
+
+def network(bias: bool = False) -> nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=50, hidden_size=16, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, mlp_bias=bias, attention_bias=bias)
+    made = LlamaForCausalLM(config)
+    for name, param in made.named_parameters():
+        if "norm" in name or "bias" in name:
+            nn.init.normal_(param, 1.0, 0.1)
+    return made
+
+
+def adapted(targets: list[str], bias: bool = False, **fields: object) -> nn.Module:
+    from peft import LoraConfig, get_peft_model
+
+    made = get_peft_model(network(bias), LoraConfig(r=3, lora_alpha=5, target_modules=targets, init_lora_weights=False, **fields))  # type: ignore[arg-type]
+    return made
+
+
+IDS = torch.arange(24).reshape(2, 12) % 50
+ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def passed(model: nn.Module) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    model.zero_grad()
+    out = model(input_ids=IDS, labels=IDS)
+    out.loss.backward()
+    return out.logits.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def alike(one: tuple, other: tuple) -> None:
+    torch.testing.assert_close(one[0], other[0], rtol=1e-5, atol=1e-5)
+    assert one[1].keys() == other[1].keys()
+    for name, grad in one[1].items():
+        torch.testing.assert_close(grad, other[1][name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+MODELS = {
+    "all weights": network,
+    "all weights and biases": lambda: network(True),
+    "lora": lambda: adapted(ALL),
+    "lora beside biases": lambda: adapted(ALL, True),
+    "lora in some places": lambda: adapted(["q_proj", "down_proj"]),
+    "lora that drops": lambda: adapted(ALL, lora_dropout=0.5),
+    "dora": lambda: adapted(ALL, use_dora=True),
+    "some tensors": lambda: some(network()),
+}
+
+
+def some(model: nn.Module) -> nn.Module:
+    """Trained: a gate, one layer's down projection and a norm."""
+    for name, param in model.named_parameters():
+        param.requires_grad_(name in ("model.layers.1.mlp.gate_proj.weight", "model.layers.0.mlp.down_proj.weight", "model.layers.1.input_layernorm.weight"))
+    return model
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_same_numbers(name):
+    model = MODELS[name]()
+    torch.manual_seed(1)
+    usual = passed(model)
+    with lean(model):
+        torch.manual_seed(1)
+        short = passed(model)
+    alike(short, usual)
+
+
+def test_less_is_kept_and_fewer_nodes_are_made():
+    model, kept = adapted(ALL), []
+    with saved_bytes(model) as saved:
+        model(input_ids=IDS).logits.sum()
+        kept.append(saved.peak)
+    with lean(model), saved_bytes(model) as saved:
+        model(input_ids=IDS).logits.sum()
+        kept.append(saved.peak)
+    assert kept[1] < 0.75 * kept[0]
+
+
+def test_gradients_of_gradients():
+    def curvature(model: nn.Module) -> list[torch.Tensor]:
+        params = [p for p in model.parameters() if p.requires_grad]
+        grads = torch.autograd.grad(model(input_ids=IDS, labels=IDS).loss, params, create_graph=True)
+        return list(torch.autograd.grad(sum((g**2).sum() for g in grads), params))
+
+    model = adapted(ALL)
+    model.set_attn_implementation("eager")
+    usual = curvature(model)
+    with lean(model):
+        short = curvature(model)
+    for a, b in zip(short, usual):
+        torch.testing.assert_close(a, b, rtol=5e-3, atol=2e-4)
+
+
+def test_hooks_of_inner_layers_see_what_they_saw():
+    model = adapted(ALL)
+    layer, seen = model.get_submodule("base_model.model.model.layers.0.mlp.gate_proj"), []
+    layer.register_forward_hook(lambda module, args, out: seen.append(out.detach()))
+    usual = passed(model)
+    with lean(model):
+        alike(passed(model), usual)
+    assert len(seen) == 2
+    torch.testing.assert_close(seen[0], seen[1])
+
+
+def test_per_example_gradients_by_functorch():
+    model = network()
+    params = {n: p.detach() for n, p in model.named_parameters()}
+
+    def loss(params, ids):
+        return torch.func.functional_call(model, params, kwargs={"input_ids": ids[None], "labels": ids[None]}).loss
+
+    def each():
+        return torch.func.grad(loss)(params, IDS[0])
+
+    usual = each()
+    with lean(model):
+        short = each()
+    for name, value in usual.items():
+        torch.testing.assert_close(short[name], value)
+
+
+def test_classes_come_back_also_after_an_error_and_copies_live_on():
+    model = adapted(ALL)
+    before = [type(m) for m in model.modules()]
+    with pytest.raises(ValueError), lean(model):
+        twin = copy.deepcopy(model)
+        raise ValueError
+    assert [type(m) for m in model.modules()] == before
+    alike(passed(twin), passed(model))
+
+
+def test_adapters_switched_off():
+    model = adapted(ALL)
+    with torch.no_grad(), model.disable_adapter():
+        usual = model(input_ids=IDS).logits
+        with lean(model):
+            torch.testing.assert_close(model(input_ids=IDS).logits, usual)
