@@ -28,7 +28,7 @@ def add_tokens(family: Family, tokens: SequenceOf[str]) -> list[int]:
     if new:
         tokenizer.add_special_tokens({"additional_special_tokens": new}, replace_extra_special_tokens=False)
     ids = [int(i) for i in tokenizer.convert_tokens_to_ids(list(tokens))]
-    size = max(len(tokenizer), into.weight.shape[0], 1 + max(ids))
+    size = max(len(tokenizer), into.weight.shape[0], *(1 + i for i in ids))
     fresh = [int(i) for i in tokenizer.convert_tokens_to_ids(new)] + [i for i in ids if i >= into.weight.shape[0]]
     if not fresh:
         return ids

@@ -27,7 +27,7 @@ def test_new_words_are_distinct_and_leave_the_old_ones_as_they_were(tied):
     far = (into.detach() - old.mean(0)).norm(dim=1)
     assert 0.5 * far[:64].mean() < far[64:].min() and far[64:].max() < 2 * far[:64].mean()
     torch.testing.assert_close(family.score(batch).map(lambda z, i: z).detach()[:, :64], before)
-    assert add_tokens(family, ["[A]"]) == [64] and into.shape[0] == 66
+    assert add_tokens(family, ["[A]"]) == [64] and add_tokens(family, []) == [] and into.shape[0] == 66
 
 
 def test_the_same_model_gets_the_same_words():
