@@ -33,7 +33,7 @@ def sft(bench: Bench, system: int = 0) -> Job:
     """Four rows of about 128 tokens a micro-batch on both sides, 70 % of them prompt."""
     writer = texts.Writer(bench.words)
     rows = texts.completions(writer, 8 if bench.quick else 12, 90 - system, 38, system)
-    return training(bench, "sft", texts.by_length(rows, 4), 4, micro_batch=4)
+    return training(bench, "sft", texts.by_length(rows, 4), 4, micro_batch=4, tokens_per_micro_batch=1024)
 
 
 def dpo(bench: Bench) -> Job:

@@ -135,7 +135,7 @@ class Batch:
         return torch.tensor([float(v) for v in values])
 
     def split(self, tokens: int | None, together: Callable[[Batch], list[list[int]]] | None = None) -> list[Batch]:
-        """Micro-batches of at most about `tokens` tokens (padding included), rows of like length together.
+        """Micro-batches of at most about `tokens` tokens (padding included), about equally full, rows of like length together.
 
         The order is a pure function of the batch. `together` lists groups of rows that may not be separated."""
         groups = together(self) if together else [[i] for i in range(len(self))]
@@ -150,13 +150,23 @@ class Batch:
             number = np.maximum(number, 1)
             width = np.maximum(width, int(np.prod(value.shape[1:])) if value.ndim > 2 else 1)
         order = sorted(range(len(groups)), key=lambda g: (max(width[i] for i in groups[g]), g))
-        micro: list[list[int]] = [[]]
-        for g in order:
-            merged = micro[-1] + groups[g]
-            if micro[-1] and max(width[i] for i in merged) * sum(number[i] for i in merged) > tokens:
-                micro.append(list(groups[g]))
-            else:
-                micro[-1] = merged
+
+        def filled(limit: int) -> list[list[int]]:
+            micro: list[list[int]] = [[]]
+            for g in order:
+                merged = micro[-1] + groups[g]
+                if micro[-1] and max(width[i] for i in merged) * sum(number[i] for i in merged) > limit:
+                    micro.append(list(groups[g]))
+                else:
+                    micro[-1] = merged
+            return micro
+
+        # of all limits that need no more micro-batches the lowest: four rows that do not fit become two and two, not three and one
+        needed, low, high = len(filled(tokens)), tokens // 2, tokens
+        while high - low > 1 and needed > 1:
+            middle = (low + high) // 2
+            low, high = (low, middle) if len(filled(middle)) == needed else (middle, high)
+        micro = filled(high)
         return [self.take(sorted(m)) for m in micro]
 
 

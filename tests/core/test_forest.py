@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from luthier.core import tree_attention
-from luthier.core.batch import Sequence, TokenForest
+from luthier.core.batch import Batch, Sequence, TokenForest
 from luthier.core.families import CausalLM
 from tests.helpers import tiny_tokenizer
 
@@ -252,3 +252,25 @@ def test_embeddings_are_means_over_each_rows_own_tokens():
 def test_refuses_no_sequences():
     with pytest.raises(ValueError, match="no sequences"):
         TokenForest.pack([])
+
+
+@given(widths=st.lists(st.integers(1, 40), min_size=1, max_size=20), tokens=st.integers(1, 200))
+@settings(deadline=None)
+def test_micro_batches_are_few_full_and_even(widths, tokens):
+    def batch_of(lengths):
+        rows = [Sequence(np.ones(n, np.int64), np.ones(n, bool), row=i) for i, n in enumerate(lengths)]
+        return Batch([{} for _ in lengths], np.arange(len(lengths)), rows)
+
+    def padded(part):
+        return max(len(s) for s in part.sequences) * len(part)
+
+    parts = batch_of(widths).split(tokens)
+    assert sorted(len(s) for part in parts for s in part.sequences) == sorted(widths)
+    assert all(padded(part) <= tokens or len(part) == 1 for part in parts)
+    greedy, full = 1, []
+    for n in sorted(widths):
+        if full and n * (len(full) + 1) > tokens:
+            greedy, full = greedy + 1, []
+        full.append(n)
+    assert len(parts) == greedy  # no more than one after the other would make
+    assert [len(part) for part in batch_of([130] * 4).split(512)] == [2, 2]
