@@ -96,8 +96,8 @@ class Factors(NamedTuple):
         out = F.linear(x, self.weight, self.bias)
         if self.a is None or self.b is None:
             return out, None
-        inner = x @ self.a.T
-        return out.addmm_(inner, self.b.T, alpha=self.scale), inner
+        inner = x @ self.a.t()
+        return out.addmm_(inner, self.b.t(), alpha=self.scale), inner
 
     def backward(self, grad: Tensor, x: Any, inner: Tensor | None, wanted: Sequence[bool], into: Tensor | None = None) -> tuple[Tensor | None, list[Tensor | None]]:
         """The gradient of x (added to `into`), and those of the factors, where `wanted` (of x and of the four factors) says so."""
@@ -109,10 +109,10 @@ class Factors(NamedTuple):
             if low is not None and self.a is not None:
                 back.addmm_(low, self.a)
         return back, [
-            grad.T @ x if of_weight else None,
+            grad.t() @ x if of_weight else None,
             grad.sum(0) if of_bias else None,
-            low.T @ x if of_a and low is not None else None,
-            (grad.T @ inner).mul_(self.scale) if of_b and inner is not None else None,
+            low.t() @ x if of_a and low is not None else None,
+            (grad.t() @ inner).mul_(self.scale) if of_b and inner is not None else None,
         ]
 
 
@@ -128,9 +128,9 @@ def _factors(module: Any) -> Factors | None:
     if not isinstance(module, _Lora) or _hooked(module) or not _linear(module.base_layer):
         return None
     base, active = module.base_layer, [name for name in module.active_adapters if name in module.lora_A]
-    if module.merged and not module.disable_adapters:
+    if bool(module.merged) != bool(module.disable_adapters):  # in the weights already, or switched off
         return Factors(base.weight, base.bias, None, None, 1.0)
-    if module.disable_adapters or len(active) != 1 or active[0] in module.lora_variant or _drops(module.lora_dropout[active[0]]):
+    if module.merged or len(active) != 1 or active[0] in module.lora_variant or _drops(module.lora_dropout[active[0]]):
         return None
     a, b = module.lora_A[active[0]], module.lora_B[active[0]]
     if not (_linear(a) and _linear(b)) or a.bias is not None or b.bias is not None or not a.weight.dtype == b.weight.dtype == base.weight.dtype:

@@ -143,9 +143,17 @@ def test_classes_come_back_also_after_an_error_and_copies_live_on():
     alike(passed(twin), passed(model))
 
 
-def test_adapters_switched_off():
+def test_adapters_switched_off_and_merged():
     model = adapted(ALL)
     with torch.no_grad(), model.disable_adapter():
         usual = model(input_ids=IDS).logits
         with lean(model):
             torch.testing.assert_close(model(input_ids=IDS).logits, usual)
+    with torch.no_grad():
+        whole = model(input_ids=IDS).logits
+        assert not torch.allclose(whole, usual)
+        model.merge_adapter()
+        with lean(model):
+            torch.testing.assert_close(model(input_ids=IDS).logits, whole, rtol=1e-4, atol=1e-5)
+            with model.disable_adapter():
+                torch.testing.assert_close(model(input_ids=IDS).logits, usual, rtol=1e-4, atol=1e-5)
