@@ -21,6 +21,9 @@ claim = Claim(
     departs="A six-layer model of width 128 and 40 edits of facts that it knows, three statements each; the score is the mean of edits, rephrased edits and facts of other subjects "
     "answered rightly, all measured after the last edit. Every arm may visit every row 25 times; the loss floor ends earlier, as published. "
     "The place (which block) is part of the method's grid; batches of one, breadth first, are left out for time.",
+    reason="The paper's order of edits does help, its place does not: visited in shuffled mini-batches all weights reach 0.71, against 0.54 when each statement is driven home "
+    "before the next, and within one matrix the order is worth 8 points (0.47 against 0.39). But one feed-forward matrix of a model 128 numbers wide does not hold 40 "
+    "edits of three statements (0.31 of them), whichever block it is taken from; the paper's matrices are a thousand times larger.",
 )
 
 

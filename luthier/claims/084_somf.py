@@ -23,6 +23,9 @@ claim = Claim(
     "things in a third phrasing. The metric is the mean of refusals of harmful prompts, of harmless prompts that are not refused, and of lists sorted rightly. Rates, shares and densities "
     "are chosen per arm among three on another seed. The mask is on merged weights and its result one binary draw, as in the release; the release masks LoRA's factors, and its rate of 1e-3 "
     "belongs to hundreds of updates instead of 36. A merged model of several tasks and RESTA are left out.",
+    reason="A few dozen preference steps in all weights find the way back here as well as a mask does, at half the needless refusals: the update that wore refusals off is small, "
+    "and nothing else rests on the weights that undo it. That refusals lie in the update and can be masked out of it is seen: 0.77 of them are back where a random mask of "
+    "the same density gives 0.16, at 7 points of the new task.",
 )
 
 
