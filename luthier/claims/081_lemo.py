@@ -100,12 +100,12 @@ def random_blocks(trial):
     return judged(trial, {"method": "lemo", "ratio": 0.5, "scores": "random", **SETTING})
 
 
-@claim.arm(grid=GRID)
+@claim.arm(grid={"lr": (3e-3,)})
 def a_quarter(trial):
     return judged(trial, {"method": "lemo", "ratio": 0.25, **SETTING})
 
 
-@claim.arm(grid=GRID)
+@claim.arm(grid={"lr": (3e-3,)})
 def latest_blocks(trial):
     """The half that is nearest to the question."""
     return judged(trial, {"method": "lemo", "ratio": 0.5, "scores": "recent", **SETTING})
