@@ -14,8 +14,8 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from luthier.claims import GRID_SEED, Arm, Claim, find
@@ -33,8 +33,8 @@ class Job:
     seed: int
     quick: bool
     arms: tuple[str, ...]
-    points: tuple[str, ...] = ()
-    """JSON settings to try for each arm: a grid search."""
+    points: Mapping[str, Sequence[dict[str, Any]]] = field(default_factory=dict)
+    """Settings to try for each of the arms: a grid search."""
 
 
 def run(slugs: Iterable[str], quick: bool = False, seeds: Iterable[int] | None = None, cores: int | None = None, tell: Callable[[str], None] = print) -> None:
@@ -42,21 +42,27 @@ def run(slugs: Iterable[str], quick: bool = False, seeds: Iterable[int] | None =
     claims = [find(s) for s in slugs]
     stores = {c.slug: Store(c) for c in claims}
     cores = cores or os.cpu_count() or 1
-    _each(_grid_jobs(claims, stores, quick), stores, cores, tell)
+    _each(_grid_jobs(claims, stores, quick, cores), stores, cores, tell)
     _each(_jobs(claims, stores, quick, None if seeds is None else list(seeds)), stores, cores, tell)
     for store in stores.values():
         store.save()
 
 
-def _grid_jobs(claims: list[Claim], stores: dict[str, Store], quick: bool) -> list[Job]:
+def _grid_jobs(claims: list[Claim], stores: dict[str, Store], quick: bool, cores: int) -> list[Job]:
     """Searches that are still to do. A quick run makes do with what is stored, else with a grid's middle."""
     jobs: list[Job] = []
     for claim in [] if quick else claims:
-        for arm in claim.arms.values():
-            open_points = tuple(json.dumps(p) for p in points(arm) if stores[claim.slug].grid_value(arm, p) is None)
-            if open_points and len(points(arm)) > 1:
-                jobs.append(Job(claim, GRID_SEED, False, (arm.name,), open_points))
+        still = {arm.name: [p for p in points(arm) if stores[claim.slug].grid_value(arm, p) is None] for arm in claim.arms.values() if len(points(arm)) > 1}
+        jobs += [Job(claim, GRID_SEED, False, tuple(share), share) for share in _shares({arm: found for arm, found in still.items() if found}, cores)]
     return jobs
+
+
+def _shares(arms: Mapping[str, list[dict[str, Any]]], cores: int) -> list[dict[str, list[dict[str, Any]]]]:
+    """Arms for about equally busy processes, no more of them than cores: what the arms of one process have in common is made once."""
+    shares: list[dict[str, list[dict[str, Any]]]] = [{} for _ in range(min(cores, len(arms)))]
+    for name, found in sorted(arms.items(), key=lambda item: -len(item[1])):
+        min(shares, key=lambda share: sum(map(len, share.values())))[name] = found
+    return shares
 
 
 def _jobs(claims: list[Claim], stores: dict[str, Store], quick: bool, seeds: list[int] | None) -> list[Job]:
@@ -117,7 +123,7 @@ def _each(jobs: list[Job], stores: dict[str, Store], cores: int, tell: Callable[
 
 def _one(job: Job, store: Store, processes: list[subprocess.Popen[str]], lock: threading.Lock, tell: Callable[[str], None]) -> None:
     """A job's process; what it tells is stored as it comes."""
-    request = json.dumps([str(job.claim.file), job.seed, job.quick, job.arms, [json.loads(p) for p in job.points] or None, store.chosen()])
+    request = json.dumps([str(job.claim.file), job.seed, job.quick, job.arms, job.points, store.chosen()])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": ""}
     process = subprocess.Popen([sys.executable, "-m", "luthier.claims.work", request], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
     with lock:
@@ -158,7 +164,7 @@ def _line(job: Job, record: dict[str, Any]) -> str:
 # -- in the worker -----------------------------------------------------------------------------------------------------------
 
 
-def _worker(slug: str, seed: int, quick: bool, arms: list[str], settings: list[dict[str, Any]] | None, chosen: dict[str, dict[str, Any]]) -> None:
+def _worker(slug: str, seed: int, quick: bool, arms: list[str], settings: dict[str, list[dict[str, Any]]], chosen: dict[str, dict[str, Any]]) -> None:
     import torch
 
     from luthier.claims.trial import Shared
@@ -174,7 +180,7 @@ def _worker(slug: str, seed: int, quick: bool, arms: list[str], settings: list[d
     for name in arms:
         arm = claim.arms[name]
         middle = {k: v[len(v) // 2] for k, v in arm.grid.items()}
-        for point in settings or [chosen.get(name, middle)]:
+        for point in settings.get(name) or [chosen.get(name, middle)]:
             try:
                 record = _arm(claim, arm, seed, quick, point, shared)
             except Exception as error:  # the other arms can still tell something

@@ -169,3 +169,13 @@ def test_only_what_a_method_does_makes_evidence_stale(tmp_path):
     assert code('class A:\n    lr: float = 1.0\n    """The rate."""\n    def f(self):\n        """Two."""\n        return 2\n') == was
     assert code("class A:\n    lr: float = 1.0\n    def f(self):\n        return -2\n") != was
     assert code("class A:\n    lr: float = 2.0\n    def f(self):\n        return 2\n") != was
+
+
+def test_searches_are_dealt_to_no_more_processes_than_cores():
+    from luthier.claims.work import _shares
+
+    arms = {name: [{"lr": i} for i in range(n)] for name, n in {"a": 8, "b": 4, "c": 3, "d": 3}.items()}
+    shares = _shares(arms, 2)
+    assert [sum(map(len, share.values())) for share in shares] in ([8, 10], [11, 7])
+    assert {name: found for share in shares for name, found in share.items()} == arms
+    assert len(_shares(arms, 16)) == 4 and _shares({}, 2) == []
