@@ -26,9 +26,9 @@ claim = Claim(
     "Kendall's tau between average-case adaptive sharpness and the error over 24 models, three on each path, as the abstract names no sign. A layer is a block, a "
     "straggler one of the fifth of layers with the highest barrier.",
     reason="On these paths a fine-tune trades the one kind of picture for the other: the lower its loss on outlined shapes, the more errors elsewhere (tau -0.57 to -0.91), and "
-    "the sharpness of the whole goes with that loss. At equal loss little is left of either (-0.07 to -0.54 for the whole, both signs for the stragglers). A straggler is "
-    "one layer in five here, another one for each path, so its sharpness compares different layers of different size; the paper's model has more layers, and text keeps "
-    "its head in place.",
+    "the sharpness of the whole goes with that loss. At equal loss little is left of either (-0.07 to -0.54 for the whole, both signs for the stragglers). A fifth of the "
+    "layers is one or two of six blocks and what surrounds them, other ones for each path, so the sharpness of different layers of different sizes is compared; the "
+    "paper's model has more layers, and text keeps its head in place.",
 )
 
 
