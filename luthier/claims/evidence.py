@@ -154,13 +154,19 @@ class Store:
         best = max(groups, key=lambda h: (seeds(h) == len(self.claim.seeds), h == self.hash, seeds(h)))
         return best, groups[best]
 
+    def _failed(self, used: str, table: dict[str, dict[int, dict[str, Any]]]) -> list[str]:
+        """Failures that no later run has made good."""
+        good = {(g["arm"], g["seed"], json.dumps(g["settings"], sort_keys=True)) for g in self.grids if g["hash"] == used}
+        left = [f for f in self.failures if f["hash"] == used and not f["quick"] and f["seed"] not in table[f["arm"]]]
+        return sorted({f"{f['arm']}, seed {f['seed']}: failed: {f['error']}" for f in left if (f["arm"], f["seed"], json.dumps(f.get("settings"), sort_keys=True)) not in good})
+
     def summary(self) -> dict[str, Any]:
         claim = self.claim
         used, records = self.counted()
         table: dict[str, dict[int, dict[str, Any]]] = defaultdict(dict)
         for record in records:
             table[record["arm"]][record["seed"]] = record
-        flags = self._flags(table) + sorted({f"{f['arm']}, seed {f['seed']}: failed: {f['error']}" for f in self.failures if f["hash"] == used and not f["quick"] and f["seed"] not in table[f["arm"]]})
+        flags = self._flags(table) + self._failed(used, table)
         method, baseline = claim.of_role("method").name, claim.of_role("baseline").name
         effect, others = self._effect(table, method, baseline), {}
         for name in claim.arms:

@@ -179,3 +179,13 @@ def test_searches_are_dealt_to_no_more_processes_than_cores():
     assert [sum(map(len, share.values())) for share in shares] in ([8, 10], [11, 7])
     assert {name: found for share in shares for name, found in share.items()} == arms
     assert len(_shares(arms, 16)) == 4 and _shares({}, 2) == []
+
+
+def test_a_failed_search_counts_until_it_succeeds(done):
+    store = Store(find(str(done)))
+    ran = store.grids[0]
+    failure = {"arm": ran["arm"], "seed": ran["seed"], "quick": False, "settings": ran["settings"], "error": "ValueError: no", "hash": store.hash}
+    store.failures = [failure]
+    assert not any("failed" in flag for flag in store.summary()["flags"])
+    store.failures = [{**failure, "settings": {"lr": 77.0}}]
+    assert any("ValueError: no" in flag for flag in store.summary()["flags"])
