@@ -21,9 +21,9 @@ claim = Claim(
     departs="Six layers of width 128 and 100 steps of 16 rows. So small a model has no outliers, so they are planted without changing what it computes: the stream is turned "
     "to its principal axes, and in every second block two channels of the down projection's input and two rotary pairs of every head's keys and values are made 16 times "
     "larger, what reads them as much smaller. Answers are scored with weights, activations and cache rounded, as the model would run.",
-    reason="Tuning learns around the planted channels: without rotations the model is as good after 100 steps as with them, chosen or everywhere, though rotations do lower the "
-    "error of rounding at the start. What the paper says of tuning at 4 bits against rounding afterwards is seen (0.58 and 0.59 against 0.51; 0.73 in full precision). The "
-    "paper's models have outliers that training made and goes on making.",
+    reason="Tuning learns around the planted channels: without rotations the model is as good after 100 steps as with them, chosen for the error of rounding that they save, or "
+    "everywhere. What the paper says of tuning at 4 bits against rounding afterwards is seen (0.58 and 0.59 against 0.51; 0.73 in full precision). The paper's models have "
+    "outliers that training made and goes on making.",
 )
 GRID = {"lr": (3e-4, 1e-3, 3e-3)}
 
