@@ -66,6 +66,13 @@ def _segments(total: int, parts: int, rng: np.random.Generator) -> np.ndarray:
     return np.diff(cuts, prepend=0, append=total)
 
 
+def rolled(span: np.ndarray, by: int) -> np.ndarray:
+    """The same holes, moved on by so many tokens and round the end, numbered anew from the left; one that lies across the end is two."""
+    hidden = np.roll(span >= 0, by)
+    starts = hidden & ~np.concatenate([[False], hidden[:-1]])
+    return np.where(hidden, np.cumsum(starts) - 1, -1)
+
+
 def mixture_of_denoisers(ids: Any, span: np.ndarray, sentinels: SequenceOf[int], mark: bool = True) -> tuple[np.ndarray, np.ndarray]:
     """(inputs, targets): in the inputs every span is one sentinel, the targets are each sentinel followed by its span.
 
@@ -125,6 +132,9 @@ class MixtureOfDenoisers(Supervised):
     """causal: as the model is used; prefix: the inputs see each other in both directions."""
     length: int | None = None
     """Longer rows are cut to a random window of so many tokens; default: 512, or what fits the model's positions."""
+    roll: bool = False
+    """Move the spans of each visit on by a random number of tokens. Without it, as in T5, the last span is always the end of the row, and where
+    one span is enough (rows of less than about 50 tokens) the model never learns to fill a gap before other words."""
     sentinel: str = "<extra_id_{}>"
     """The sentinel tokens; {} is the number of the span."""
     mode_token: str = "[{}]"
@@ -161,7 +171,7 @@ class MixtureOfDenoisers(Supervised):
         """Add sentinels, as many as the longest row needs, and mode tokens, to the model and to references that share its tokenizer."""
         limit = self.limit(model)
         used = [d for d, p in zip(DENOISERS, self.probabilities()) if p > 0 and not d.at_end]
-        needed = max((_sizes(n, d)[1] for d in used for n in range(2, limit + 1)), default=0)
+        needed = max((_sizes(n, d)[1] + self.roll for d in used for n in range(2, limit + 1)), default=0)
         words = [self.sentinel.format(i) for i in range(needed)] + [self.mode_token.format(m) for m in MODES if self.mode_tokens]
         before = set(model.processor.get_vocab()) - set(words)
         found = add_tokens(model, words)
@@ -181,7 +191,7 @@ class MixtureOfDenoisers(Supervised):
         if room is None:
             return wanted
         used = [d for d, p in zip(DENOISERS, self.probabilities()) if p > 0]
-        fits = max((n for n in range(2, wanted + 1) if n + max(2 * _sizes(n, d)[1] for d in used) + 4 <= room), default=0)
+        fits = max((n for n in range(2, wanted + 1) if n + max(2 * (_sizes(n, d)[1] + self.roll) for d in used) + 4 <= room), default=0)
         if fits < 2 or (self.length is not None and fits < self.length):
             raise RecipeError(f"length {wanted} with sentinels is more than the model's {room} positions; set length to {max(2, fits)}.")
         return fits
@@ -212,6 +222,8 @@ class MixtureOfDenoisers(Supervised):
         if len(body) < 2:
             return s
         hidden = spans(len(body), denoiser, rng)
+        if self.roll and not denoiser.at_end:
+            hidden = rolled(hidden, int(rng.integers(len(body))))
         inputs, targets = mixture_of_denoisers(body, hidden, self._sentinels or [0], mark=not denoiser.at_end)
         mode = [self._modes[denoiser.mode]] if self._modes else []
         source = np.concatenate([head, np.array(mode, np.int64), inputs])

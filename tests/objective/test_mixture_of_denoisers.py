@@ -17,6 +17,7 @@ from luthier.objective.mixture_of_denoisers import (
     MixtureOfDenoisers,
     expanded,
     mixture_of_denoisers,
+    rolled,
     spans,
 )
 from luthier.objective.sft import SFT
@@ -51,6 +52,26 @@ def test_inputs_and_targets_give_the_sequence_back_and_hide_the_published_share(
 def test_three_spans_by_hand():
     inputs, targets = mixture_of_denoisers([1, 2, 3, 4, 5, 6], np.array([-1, 0, 0, -1, -1, 1]), [90, 91])
     assert inputs.tolist() == [1, 90, 4, 5, 91] and targets.tolist() == [90, 2, 3, 91, 6]
+
+
+def test_rolled_spans_lie_anywhere_and_lose_nothing():
+    one = np.array([-1, -1, -1, -1, 0, 0])
+    assert [rolled(one, by).tolist() for by in (0, 1, 2)] == [[-1, -1, -1, -1, 0, 0], [0, -1, -1, -1, -1, 1], [0, 0, -1, -1, -1, -1]]
+    rng, first = np.random.default_rng(0), set()
+    for _ in range(400):
+        ids = rng.integers(0, 900, 20)
+        span = rolled(spans(20, DENOISERS[1], rng), int(rng.integers(20)))
+        first.add(int(np.argmax(span >= 0)))
+        assert (span >= 0).sum() == 3 and expanded(*mixture_of_denoisers(ids, span, SENTINELS), SENTINELS).tolist() == ids.tolist()
+    assert first == set(range(18))  # a hole of three that begins at each place, or lies across the end
+    method, batch = MixtureOfDenoisers(length=20, roll=True, mode_tokens=False, shares={"R": 1.0}), batch_of([text(20, seed=i, row=i) for i in range(40)])
+    family = tiny_llama()
+    ctx = Context(family)
+    method.attach(family, ctx)
+    sentinels = [i for t, i in family.processor.get_vocab().items() if t.startswith("<extra_id_")]
+    for before, after in zip(batch.sequences, method.prepare(batch, ctx).sequences):
+        start = int(np.argmax(after.mask))
+        assert expanded(after.ids[:start], after.ids[start:-1], sentinels).tolist() == before.ids[:-1].tolist()
 
 
 def test_every_segmentation_is_equally_likely():
