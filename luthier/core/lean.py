@@ -143,9 +143,8 @@ def _drops(module: nn.Module) -> bool:
     return _hooked(module) or not (isinstance(module, nn.Identity) or (type(module) is nn.Dropout and (module.p == 0 or not module.training)))
 
 
-def _again(ctx: Any, usual: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _again(ctx: Any, inputs: Sequence[Any], usual: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """Gradients that have gradients themselves: through the usual operations, made once more."""
-    inputs = ctx.saved_tensors[: ctx.inputs]
     wanted = [t for t, need in zip(inputs, ctx.needs_input_grad) if need and t is not None]
     found = iter(torch.autograd.grad(usual(*inputs), wanted, grad, create_graph=True))
     return tuple(next(found) if need and t is not None else None for t, need in zip(inputs, ctx.needs_input_grad))
@@ -168,16 +167,15 @@ class _Norm(torch.autograd.Function):
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         scale = length.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(x, weight, scale)
-        ctx.inputs, ctx.eps = 2, eps
+        ctx.eps = eps
         return (x * scale).mul_(weight)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        (grad,) = grads
+        (grad,), (x, weight, scale) = grads, ctx.saved_tensors
         if torch.is_grad_enabled():
             eps = ctx.eps
-            return *_again(ctx, lambda x, w: w * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)), grad), None
-        x, weight, scale = ctx.saved_tensors
+            return *_again(ctx, (x, weight), lambda x, w: w * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)), grad), None
         of_x, of_weight = ctx.needs_input_grad[:2]
         back = None
         if of_x:
@@ -212,16 +210,15 @@ class _LowRank(torch.autograd.Function):
         factors, flat = Factors(*given), x.reshape(-1, x.shape[-1])
         out, inner = factors(flat)
         ctx.save_for_backward(x, *given[:4], inner)
-        ctx.inputs, ctx.scale = 5, given[4]
+        ctx.scale = given[4]
         return out.view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        (grad,) = grads
+        (grad,), (x, weight, bias, a, b, inner) = grads, ctx.saved_tensors
         if torch.is_grad_enabled():
             scale = ctx.scale
-            return *_again(ctx, lambda x, w, bias, a, b: F.linear(x, w, bias) + F.linear(F.linear(x, a), b) * scale, grad), None
-        x, weight, bias, a, b, inner = ctx.saved_tensors
+            return *_again(ctx, (x, weight, bias, a, b), lambda x, w, bias, a, b: F.linear(x, w, bias) + F.linear(F.linear(x, a), b) * scale, grad), None
         flat = x.reshape(-1, x.shape[-1])
         back, rest = Factors(weight, bias, a, b, ctx.scale).backward(grad.reshape(-1, grad.shape[-1]), flat, inner, ctx.needs_input_grad[:5])
         return None if back is None else back.view_as(x), *rest, None
@@ -260,15 +257,15 @@ class _GatedLinear(torch.autograd.Function):
         u, u_inner = up(flat)
         out, d_inner = down(F.silu(g).mul_(u))
         ctx.save_for_backward(x, *given[:12], g, u, g_inner, u_inner, d_inner)
-        ctx.inputs, ctx.scales = 13, given[12]
+        ctx.scales = given[12]
         return out.view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        (grad,) = grads
+        (grad,), saved = grads, ctx.saved_tensors  # once: a checkpoint gives them out one time
         if torch.is_grad_enabled():
-            return *_again(ctx, functools.partial(_usual_gated, ctx.scales), grad), None
-        x, given, (g, u, g_inner, u_inner, d_inner) = ctx.saved_tensors[0], ctx.saved_tensors[1:13], ctx.saved_tensors[13:]
+            return *_again(ctx, saved[:13], functools.partial(_usual_gated, ctx.scales), grad), None
+        x, given, (g, u, g_inner, u_inner, d_inner) = saved[0], saved[1:13], saved[13:]
         gate, up, down = _three(given, ctx.scales)
         of_x, need = ctx.needs_input_grad[0], ctx.needs_input_grad[1:13]
         flat, grad = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])

@@ -105,6 +105,17 @@ def test_gradients_of_gradients():
         torch.testing.assert_close(a, b, rtol=5e-3, atol=2e-4)
 
 
+@pytest.mark.parametrize("name", ["lora", "all weights"])
+def test_under_gradient_checkpoints(name):
+    model = MODELS[name]().train()
+    usual = passed(model)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    if name == "lora":
+        model.enable_input_require_grads()
+    with lean(model):
+        alike(passed(model), usual)
+
+
 def test_hooks_of_inner_layers_see_what_they_saw():
     model = adapted(ALL)
     layer, seen = model.get_submodule("base_model.model.model.layers.0.mlp.gate_proj"), []
