@@ -35,7 +35,7 @@ ARCHITECTURES = {
 
 
 @pytest.fixture(autouse=True, scope="module", params=["whole bins", "by parts"])
-def attention(request):
+def layout(request):
     """Under one mask over a bin, as small ones are, and taken apart, as large ones."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tree_attention, "WORTH", 10**12 if request.param == "whole bins" else -(10**12))
