@@ -10,6 +10,7 @@ from bench.ours_train import GivenAnswers
 from bench.worker import Job, Memory, main, start_adapter, timed
 from luthier.adapt.lora import Lora
 from luthier.core.context import Context
+from luthier.core.lean import lean
 from luthier.core.models import load
 from luthier.objective.sft import SFT
 from luthier.select.mig import mig
@@ -35,7 +36,8 @@ class Steps:
             for part in batch.split(512, objective.together):
                 objective.loss(self.family, part, self.ctx).value(batch.counts()).backward()
 
-        return statistics.median(timed(step, 1, self.steps)["seconds"])
+        with lean(self.family.network):
+            return statistics.median(timed(step, 1, self.steps)["seconds"])
 
     def completions(self, rows: int, length: int) -> float:
         return self.seconds(SFT(), texts.completions(self.writer, rows, round(0.7 * length), round(0.3 * length)))

@@ -94,8 +94,8 @@ def _row(case: Case, bench: Bench, job: Job, ours: list[Job], theirs: list[Job],
     if "whole_seconds" in ours[0]:
         row.whole_seconds = median(ours, "whole_seconds")
     if case.flops is not None:
-        count, rate = case.flops(bench, job), max(o["flops_per_second"] for o in ours)
-        row.bound_seconds, row.bound = count / rate, f"{count / 1e9:,.0f} GFLOP that must be done, at {rate / 1e9:.0f} GFLOP/s of a matrix product"
+        count, rate = case.flops(bench, job), median(ours, "flops_per_second")
+        row.bound_seconds, row.bound = count / rate, f"{count / 1e9:,.0f} GFLOP that must be done, at {rate / 1e9:.0f} GFLOP/s of a matrix product between the steps"
     elif "floor_seconds" in ours[0]:
         row.bound_seconds, row.bound = min(o["floor_seconds"] for o in ours), case.floor
     return row

@@ -17,7 +17,7 @@ HEAD = """# Speed and memory
 Measured by `make bench`. Every figure is a ratio within one run on one machine: both sides get the same model, rows, order, precision, threads, batch and
 micro-batch, run in turns in fresh processes, and must first compute the same numbers (losses and gradient norms of every step, log-probabilities, picks, merged weights) - else
 nothing is reported. Seconds are medians without the first step. Memory is the most that was allocated beyond the loaded model. `of the bound` is the share of
-what is possible: the time of the operations that cannot be avoided at the machine's own matmul rate, or the floor that is named below, over our time.
+what is possible: the time of the operations that cannot be avoided at the rate of matrix products that the machine shows between the steps, or the floor that is named below, over our time.
 """
 
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+import statistics
 import sys
 import threading
 import time
 import zlib
 from collections.abc import Callable
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -35,31 +35,39 @@ def main(work: Callable[[Job], Job]) -> None:
 class Clock:
     """Seconds between the ends of successive steps: of the wall, and of all the processor's cores, which other work disturbs less.
 
-    The first `warmup` steps (at least one) start the clock."""
+    The first `warmup` steps (at least one) start the clock. After each step `between` is called while it stands still; what it returns is kept."""
 
-    def __init__(self, warmup: int) -> None:
-        self.warmup = max(1, warmup)
+    def __init__(self, warmup: int, between: Callable[[], float] | None = None) -> None:
+        self.warmup, self.between = max(1, warmup), between
         self.ends: list[tuple[float, float]] = []
+        self.starts: list[tuple[float, float]] = []
+        self.found: list[float] = []
 
     def tick(self) -> None:
-        self.ends.append((time.perf_counter(), time.process_time()))
+        self.ends.append(self._now())
+        if self.between is not None:
+            self.found.append(self.between())
+        self.starts.append(self._now())
+
+    def _now(self) -> tuple[float, float]:
+        return time.perf_counter(), time.process_time()
 
     @property
     def result(self) -> dict[str, list[float]]:
-        steps = list(pairwise(self.ends[self.warmup - 1 :]))
+        steps = list(zip(self.starts[self.warmup - 1 :], self.ends[self.warmup :]))
         return {name: [b[i] - a[i] for a, b in steps] for i, name in enumerate(("seconds", "cpu_seconds"))}
 
 
-def timed(run: Callable[[], Any], warmup: int, steps: int) -> dict[str, list[float]]:
-    """Seconds of each of `steps` calls, after `warmup` that do not count."""
+def timed(run: Callable[[], Any], warmup: int, steps: int, between: Callable[[], float] | None = None) -> dict[str, list[float]]:
+    """Seconds of each of `steps` calls, after `warmup` that do not count; and as `between` what that found before, between and after them."""
     for _ in range(warmup):
         run()
-    clock = Clock(1)
+    clock = Clock(1, between)
     clock.tick()
     for _ in range(steps):
         run()
         clock.tick()
-    return clock.result
+    return {**clock.result, "between": clock.found}
 
 
 class Memory:
@@ -100,9 +108,9 @@ def anonymous_bytes() -> int:
 
 
 def matmul_rate(size: int = 1024, times: int = 7) -> float:
-    """Floating-point operations a second of a square fp32 product: the most that this machine does just now."""
+    """Floating-point operations a second of a square fp32 product: what this machine does just now."""
     a, b = torch.randn(size, size), torch.randn(size, size)
-    return 2 * size**3 / min(timed(lambda: a @ b, 1, times)["seconds"])
+    return 2 * size**3 / statistics.median(timed(lambda: a @ b, 1, times)["seconds"])
 
 
 def start_adapter(network: torch.nn.Module, scale: float = 0.02) -> None:

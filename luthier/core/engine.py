@@ -25,6 +25,7 @@ from luthier.core.hooks import checkpoint_contexts
 from luthier.core.journal import Journal
 from luthier.core.lean import lean
 from luthier.core.loss import Loss, of
+from luthier.core.one_pass import one_pass
 from luthier.core.plan import Learned, Micro, Outcome, Plan, rate
 from luthier.core.plugin import Group, Parts, Plugin, Step, Turn, defines, give_up
 from luthier.core.resume import restore, stop_signals, write
@@ -103,7 +104,7 @@ class Engine:
             self.model.network.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False, "context_fn": checkpoint_contexts})
             if hasattr(self.model.network, "enable_input_require_grads"):
                 self.model.network.enable_input_require_grads()
-        self.optimizer = self.plan.optimizer.build(self.groups, self.ctx)
+        self.optimizer = one_pass(self.plan.optimizer.build(self.groups, self.ctx))
         self.base_lr = float(self.plan.optimizer.lr)
         hook_gradients(self.plan.plugins, self.groups, self.ctx)
         off = adapters_off(self.model, self.plan.adapters, self.parts)

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from luthier.core.context import seed_of
+from luthier.core.one_pass import one_pass
 
 if TYPE_CHECKING:
     from luthier.core.context import Context
@@ -18,7 +19,7 @@ def fit(parameters: Iterable[torch.Tensor], loss: Callable[[list[Any]], torch.Te
         steps: int = 100, batch: int = 32, lr: float = 1e-3, weight_decay: float = 0.0, name: str = "fit") -> float:  # fmt: skip
     """Train a few tensors of a plug-in's own with AdamW: `loss(rows)` is the mean loss of some rows. Returns the last loss."""
     tensors = list(parameters)
-    optimizer = torch.optim.AdamW(tensors, lr=lr, weight_decay=weight_decay)
+    optimizer = one_pass(torch.optim.AdamW(tensors, lr=lr, weight_decay=weight_decay))
     seed, value = (ctx.seed if ctx else 0), float("nan")
     for step in range(steps):
         lap, at = divmod(step * batch, max(1, len(rows)))

@@ -13,7 +13,7 @@ from bench.case import Bench, Case, Goal, Row
 from bench.cases import CASES
 
 CASE = Case("toy", "a toy", "ours_toy", lambda bench: {"size": 3}, Goal(speed=1.5, memory=0.5), "nothing", "a peer", "peer_toy", "its best", lambda bench, job: 6e9)
-OURS = {"seconds": [1.0, 3.0, 2.0], "cpu_seconds": [2.0], "check": [1.0, 2.0], "extra_bytes": 100, "flops_per_second": 6e9}
+OURS = {"seconds": [1.0, 3.0, 2.0], "cpu_seconds": [2.0], "check": [1.0, 2.0], "extra_bytes": 100, "flops_per_second": [6e9]}
 THEIRS = {"seconds": [4.0], "cpu_seconds": [5.0], "check": [1.0, 2.0001], "extra_bytes": 400}
 
 

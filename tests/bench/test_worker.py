@@ -9,8 +9,17 @@ from bench.worker import Clock, Memory
 
 def test_the_first_steps_start_the_clock():
     clock = Clock(warmup=2)
-    clock.ends = [(0.0, 0.0), (5.0, 1.0), (6.0, 1.5), (8.0, 3.0)]
+    clock.ends = clock.starts = [(0.0, 0.0), (5.0, 1.0), (6.0, 1.5), (8.0, 3.0)]
     assert clock.result == {"seconds": [1.0, 2.0], "cpu_seconds": [0.5, 1.5]}
+
+
+def test_the_clock_stands_still_between_steps():
+    now = iter([(0.0, 0.0), (7.0, 7.0), (8.0, 7.5), (20.0, 9.0)])
+    clock = Clock(1, lambda: 4.0)
+    clock._now = lambda: next(now)
+    clock.tick()
+    clock.tick()
+    assert clock.result == {"seconds": [1.0], "cpu_seconds": [0.5]} and clock.found == [4.0, 4.0]
 
 
 def test_what_was_allocated_meanwhile_is_seen():
