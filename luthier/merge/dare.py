@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from luthier.catalog import register
-from luthier.core.source import TensorSource
-from luthier.merge._sparsified import Rescale, Sparsified, by_name, chance, thinned
+from luthier.merge._sparsified import Rescale, Sizes, Sparsified, thinned
 
 
-def dare(x: Tensor, density: float, draw: Tensor, rescale: Rescale = "l1") -> Tensor:
+def dare(x: Tensor, density: float, draw: Tensor, rescale: Rescale = "l1", sizes: Sizes | None = None) -> Tensor:
     """An update with each entry kept with probability `density` (where its number in `draw`, uniform on [0, 1), is below it), rescaled."""
-    return x if density >= 1 else thinned(x, float(density), draw, rescale)
+    return x if density >= 1 else thinned(x, float(density), draw, rescale, sizes)
 
 
 @register("dare-linear")
@@ -28,8 +27,8 @@ class DareLinear(Sparsified):
     with the model's size; mergekit's default keeps all (density 1) and its examples about half, which is the default here. Which
     entries are dropped depends on the seed, the place of the model in the list and the tensor's name, not on the order of reading."""
 
-    def sparse(self, update: TensorSource, seed: int) -> TensorSource:
-        return by_name(update, lambda x, name: dare(x, self.density, chance(name, x.shape, seed), self.rescale))
+    def thin(self, x: Tensor, draw: Tensor, sizes: Sizes) -> Tensor:
+        return dare(x, self.density, draw, self.rescale, sizes)
 
 
 @register("dare-ties")

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from luthier.catalog import register
-from luthier.core.source import TensorSource
 from luthier.errors import RecipeError
-from luthier.merge._sparsified import Rescale, Sparsified, by_name, chance, thinned
+from luthier.merge._sparsified import Rescale, Sizes, Sparsified, thinned
 
 
 def keep_probabilities(x: Tensor, density: float, epsilon: float) -> Tensor:
@@ -27,11 +26,11 @@ def keep_probabilities(x: Tensor, density: float, epsilon: float) -> Tensor:
     return (density - epsilon + ranks * 2 * epsilon).reshape(x.shape)
 
 
-def della(x: Tensor, density: float, epsilon: float, draw: Tensor, rescale: Rescale = "l1") -> Tensor:
+def della(x: Tensor, density: float, epsilon: float, draw: Tensor, rescale: Rescale = "l1", sizes: Sizes | None = None) -> Tensor:
     """An update of which each entry is kept with a probability that grows with the rank of its magnitude in its row, rescaled."""
     if density >= 1 or x.numel() == 0:
         return x
-    return torch.zeros_like(x) if density <= 0 else thinned(x, keep_probabilities(x, density, epsilon), draw, rescale)
+    return torch.zeros_like(x) if density <= 0 else thinned(x, keep_probabilities(x, density, epsilon), draw, rescale, sizes)
 
 
 @register("della-linear")
@@ -56,8 +55,8 @@ class DellaLinear(Sparsified):
                 "so lower `epsilon`."
             )
 
-    def sparse(self, update: TensorSource, seed: int) -> TensorSource:
-        return by_name(update, lambda x, name: della(x, self.density, self.epsilon, chance(name, x.shape, seed), self.rescale))
+    def thin(self, x: Tensor, draw: Tensor, sizes: Sizes) -> Tensor:
+        return della(x, self.density, self.epsilon, draw, self.rescale, sizes)
 
 
 @register("della")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from luthier.catalog import register
 from luthier.core.source import TensorSource
+from luthier.core.windows import offset
 from luthier.errors import RecipeError
 from luthier.merge._shared import VectorMerger, deltas
 
@@ -23,19 +25,33 @@ NOTHING = 1e-6
 
 
 def model_stock(updates: SequenceOf[Tensor], filter_wise: bool = False) -> tuple[Tensor, Tensor]:
-    """(t * mean of the updates, t) with t = N c / (1 + (N - 1) c), c the mean cosine of all pairs of the N updates.
+    """(t * mean of the updates, t): one t for the tensor, or for each of its rows (along the last dimension)."""
+    t = ratio(products(updates, filter_wise))
+    return t.unsqueeze(-1) * _mean(updates) if filter_wise and updates[0].ndim > 0 else t * _mean(updates), t
 
-    One t for the tensor, or for each of its rows (along the last dimension). 0 where 1 + (N - 1) c vanishes: opposed updates say
-    nothing about where the centre is."""
-    n = len(updates)
+
+def products(updates: SequenceOf[Tensor], filter_wise: bool = False) -> Tensor:
+    """[N, N, ...]: the inner products of all pairs, of the whole tensors or of their rows."""
     flat = [u if filter_wise and u.ndim > 0 else u.reshape(-1) for u in updates]
-    norms = [torch.linalg.vector_norm(u, dim=-1) for u in flat]
-    cosines = [((flat[i] * flat[j]).sum(-1) / (norms[i] * norms[j]).clamp(min=NOTHING)).clamp(-1, 1) for i, j in itertools.combinations(range(n), 2)]
+    found: list[list[Tensor]] = [[] for _ in flat]
+    for i, j in itertools.product(range(len(flat)), repeat=2):
+        found[i].append(torch.linalg.vecdot(flat[i], flat[j]) if i <= j else found[j][i])
+    return torch.stack([torch.stack(row) for row in found])
+
+
+def ratio(inner: Tensor) -> Tensor:
+    """t = N c / (1 + (N - 1) c), c the mean cosine of all pairs of N updates. 0 where 1 + (N - 1) c vanishes: opposed updates say nothing
+    about where the centre is."""
+    n = len(inner)
+    norms = [inner[i, i].sqrt() for i in range(n)]
+    cosines = [(inner[i, j] / (norms[i] * norms[j]).clamp(min=NOTHING)).clamp(-1, 1) for i, j in itertools.combinations(range(n), 2)]
     cosine = torch.stack(cosines).mean(0)
     bottom = 1 + (n - 1) * cosine
-    t = torch.where(bottom.abs() < NOTHING, 0.0, n * cosine / bottom.masked_fill(bottom.abs() < NOTHING, 1))
-    mean = sum(flat[1:], flat[0]) / n
-    return (t.unsqueeze(-1) * mean).reshape(updates[0].shape), t
+    return torch.where(bottom.abs() < NOTHING, 0.0, n * cosine / bottom.masked_fill(bottom.abs() < NOTHING, 1))
+
+
+def _mean(updates: SequenceOf[Tensor]) -> Tensor:
+    return sum(updates[1:], updates[0]) / len(updates)
 
 
 @register("model-stock")
@@ -58,9 +74,11 @@ class ModelStock(VectorMerger):
     """Tensors to leave as the base has them: names, leading parts of names, or globs. Task heads belong here."""
 
     toy_models = ("second",)
+    by_rows = True
 
     def __post_init__(self) -> None:
         self.report: dict[str, Any] = {"ratios": {}}
+        self._seen: dict[str, dict[int, tuple[int, float]]] = {}
 
     def check(self, recipe: Any) -> str | None:
         named = [n for n in getattr(recipe, "merge_of", None) or [] if n != "base"]
@@ -71,13 +89,24 @@ class ModelStock(VectorMerger):
         if len(updates) < 2:
             raise RecipeError(_TOO_FEW.format(len(updates)))
 
+        @functools.cache
+        def of_tensor(name: str) -> Tensor:
+            """The t of a whole tensor; its inner products are added up in blocks of rows."""
+            return ratio(torch.stack([products(parts) for parts in zip(*(u.pieces(name) for u in updates))]).sum(0))
+
         def read(name: str) -> Tensor:
             parts = [u[name] for u in updates]
             if not parts[0].is_floating_point() or parts[0].numel() == 0:
                 return parts[0]
-            change, t = model_stock(parts, self.filter_wise)
-            self.report["ratios"][name] = float(t.mean())
-            return change
+            if self.filter_wise and parts[0].ndim > 1:  # every row by itself, whichever are read
+                change, t = model_stock(parts, True)
+                seen = self._seen.setdefault(name, {})
+                seen[offset(name, 1)] = (t.numel(), float(t.sum()))
+                self.report["ratios"][name] = sum(total for _, total in seen.values()) / sum(number for number, _ in seen.values())
+                return change
+            t = of_tensor(updates[0].aliases.get(name, name))
+            self.report["ratios"][name] = float(t)
+            return t * _mean(parts)
 
         return TensorSource(updates[0], read, updates[0].meta, updates[0].aliases)
 

@@ -69,13 +69,14 @@ def trimmed_merge(
 
 
 def _trim(update: TensorSource, density: float, scope: str) -> Callable[[str, Tensor], Tensor]:
-    """Which entries of a tensor are among the update's largest: int(density n) of the whole vector or of the tensor, by index."""
+    """Which entries of a tensor are among the update's largest: int(density n) of the whole vector or of the tensor."""
 
     @functools.cache
     def threshold(name: str | None) -> Cut:
         with whole():
             vector = floating(update) if name is None else update.only([name])
-            return cut(vector.map(torch.abs, entrywise=True), int(density * size_of(vector)))
+            least = 0 if name is None or density == 0 else 1  # small tensors keep an entry
+            return cut(vector.map(torch.abs, entrywise=True), max(least, int(density * size_of(vector))))
 
     def keep(name: str, tensor: Tensor) -> Tensor:
         return threshold(None if scope == "all" else name).mask(update.aliases.get(name, name) if scope == "all" else name, tensor.abs())
@@ -117,7 +118,7 @@ class Ties(VectorMerger):
     elected sign. theta = theta_0 + scale * merged.
 
     Defaults are the paper's without validation (20 %, scale 1). `scope: all` ranks the whole vector as the paper does, `tensor` each
-    tensor alone as mergekit does; exactly int(density n) entries are kept (the released threshold keeps one more). Entries that
+    tensor alone as mergekit does (there at least one); exactly int(density n) entries are kept (the released threshold keeps one more). Entries that
     balance exactly take the sign that most of the vector has, as released. Weights scale updates before the election, and the mean
     then divides by the agreeing weights. For `lines` wrap it: the depth scale belongs after a nonlinear merger, not before."""
 

@@ -10,8 +10,11 @@ from luthier.core.source import TensorSource, aligned, applied, delta
 from luthier.core.windows import BLOCK, Window, whole, window, windows
 from luthier.errors import ModelError
 from luthier.merge.breadcrumbs import Breadcrumbs
+from luthier.merge.dare import DareLinear, DareTies
+from luthier.merge.della import Della, DellaLinear
 from luthier.merge.linear import Linear
 from luthier.merge.lines import Lines
+from luthier.merge.model_stock import ModelStock
 from luthier.merge.portllm import PortLLM
 from luthier.merge.straggler_sparsify import StragglerSparsify
 from luthier.merge.task_arithmetic import TaskArithmetic
@@ -23,7 +26,7 @@ MERGERS = [
     UniformSoup(), Linear(normalise=False, weights=[1.0, 0.5, -0.5]), TaskArithmetic(scale=0.4), Ties(density=0.3), Ties(density=0.3, scope="tensor"),
     Ties(density=0.5, elect="count", combine="max", weights=[1.0, 2.0, 0.5]), Ties(density=0.4, elect="count", combine="sum", scope="tensor"), Breadcrumbs(),
     Breadcrumbs(granularity="layer", keep=0.3), Breadcrumbs(granularity="row", keep=0.4, order="keep-first"), Lines(alpha=0.2, beta=0.7), Lines(alpha=0.2, beta=0.7, after="ties"),
-    StragglerSparsify(stragglers=["layers.1", "embed"]), PortLLM(),
+    StragglerSparsify(stragglers=["layers.1", "embed"]), PortLLM(), DareLinear(), DareTies(rescale="density", normalise=True), Della(), DellaLinear(rescale="none"), ModelStock(), ModelStock(filter_wise=True),
 ]  # fmt: skip
 
 
@@ -61,7 +64,7 @@ class Largest(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("merger", [Ties(), Ties(scope="tensor"), TaskArithmetic(), Linear(), Breadcrumbs(), StragglerSparsify(stragglers=["w"])], ids=lambda m: m.name)
+@pytest.mark.parametrize("merger", [Ties(), Ties(scope="tensor"), TaskArithmetic(), Linear(), Breadcrumbs(), StragglerSparsify(stragglers=["w"]), DareTies(), Della(), ModelStock(), ModelStock(filter_wise=True)], ids=lambda m: m.name)
 def test_no_operation_makes_a_large_tensor(merger, tmp_path, monkeypatch):
     monkeypatch.setattr(sparse, "CHUNK", BLOCK)
     shape = (2 * BLOCK // 1024 + 3, 1024)

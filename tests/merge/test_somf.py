@@ -51,9 +51,10 @@ RELEASED = [
     {"method": "task-arithmetic", "scale": 0.3}, {"method": "ties", "scale": 0.4, "combine": "sum", "density": 0.5},
     {"method": "dare-linear", "scale": 0.3, "density": 0.8, "rescale": "density"},
 ]  # fmt: skip
+ALSO = [{"method": "dare-ties", "density": 0.8}, {"method": "della", "density": 0.7}, {"method": "model-stock"}]
 
 
-@pytest.mark.parametrize("fuse", [SOMF(fuse=one).merger() for one in RELEASED])
+@pytest.mark.parametrize("fuse", [SOMF(fuse=one).merger() for one in RELEASED + ALSO])
 def test_the_gradient_of_the_mask_logits_is_that_of_finite_differences(state, fuse):
     base, tuned = state(0), [state(1), state(2)]
     updates = deltas(base, tuned)
