@@ -62,7 +62,9 @@ def sparsified(update: TensorSource, seed: int, change: Change) -> TensorSource:
     @functools.cache
     def sizes(name: str) -> Sizes:
         """Always summed up in the same blocks."""
-        before = after = at = 0
+        before: Any = 0
+        after: Any = 0
+        at = 0
         for x in update.pieces(name):
             before = x.abs().sum() + before
             after = change(x, chance(name, x.shape, seed, at), (1.0, 1.0)).abs().sum() + after

@@ -105,7 +105,7 @@ class ModelStock(VectorMerger):
                 self.report["ratios"][name] = sum(total for _, total in seen.values()) / sum(number for number, _ in seen.values())
                 return change
             t = of_tensor(updates[0].aliases.get(name, name))
-            self.report["ratios"][name] = float(t)
+            self.report["ratios"][name] = float(t.detach())
             return t * _mean(parts)
 
         return TensorSource(updates[0], read, updates[0].meta, updates[0].aliases)
