@@ -95,7 +95,8 @@ class Breadcrumbs(VectorMerger):
     KEPT and REMOVED (the paper's beta and gamma are percentiles of what is cut: about 0.1 kept, 0.01 removed, scale 0.3). `remove-first`
     is the released order, ranks [remove n, (remove + keep) n); `keep-first` takes the outliers out of the kept ones, so keep - remove
     is left. The paper speaks of layers, mergekit ranks whole tensors (our default; `keep` is its density), the release ranks every row,
-    which deletes rows too short for a share of 1. Single numbers are kept whole, as released. Equal magnitudes are ranked by index."""
+    which deletes rows too short for a share of 1. Single numbers are kept whole, as released. Where keep + remove
+    exceeds 1 outliers are dropped all the same (mergekit then drops fewer, and none at density 1). Equal magnitudes are ranked by index."""
 
     keep: float = 0.2
     """The share of entries that is kept (beta)."""

@@ -34,6 +34,7 @@ EQUAL = {
     "arithmetic": ("task_arithmetic", {"lambda": 0.8}, True, {"weight": (0.3, 0.7, -0.2)}, "task-arithmetic", {"weights": (0.3, 0.7, -0.2), "scale": 0.8}),
     "ties": ("ties", {"density": 0.3}, True, {"weight": WEIGHTS}, "ties", {"weights": WEIGHTS, "density": 0.3, "scope": "tensor"}),
     "ties-all": ("ties", {"lambda": 1.5}, True, {"weight": WEIGHTS}, "ties", {"weights": WEIGHTS, "density": 1.0, "scale": 1.5, "scope": "tensor"}),
+    "ties-few": ("ties", {"density": 0.004}, True, {"weight": WEIGHTS}, "ties", {"weights": WEIGHTS, "density": 0.004, "scope": "tensor"}),  # vectors keep an entry
     "ties-sum": ("ties", {"density": 0.5, "normalize": False}, True, {"weight": WEIGHTS}, "ties", {"weights": WEIGHTS, "density": 0.5, "scope": "tensor", "combine": "sum"}),
     "breadcrumbs": ("breadcrumbs", {"density": 0.3, "gamma": 0.1}, True, {"weight": WEIGHTS}, "breadcrumbs", {"weights": WEIGHTS, "keep": 0.3, "remove": 0.1, "scale": 1.0}),
     "stock": ("model_stock", {}, True, {}, "model-stock", {}),
