@@ -174,27 +174,29 @@ class VectorQuant(nn.Module):
         self.codebooks.grad, self.scales.grad = books, scales
 
     @torch.no_grad()
-    def recode(self, wanted: Tensor, chosen: Tensor, beam: int = 1, force: bool = False) -> Tensor:
+    def recode(self, wanted: Tensor, chosen: Tensor, beam: int = 1, force: bool = False, generator: torch.Generator | None = None) -> Tensor:
         """Give the groups `chosen` (indices) the codes nearest to the matrix `wanted`, with the values held; which of them changed.
 
         Distances are measured before scaling, where a row's groups compare as they do after it. One codebook: the exact nearest code.
-        Several: beam search from the present codes, so the error never rises. `force`: the best codes that differ from the present ones."""
+        Several: beam search from the present codes, so the error never rises. `force`: the best codes that differ from the present ones. With a `generator` codebooks are searched in an order of its."""
         target = (wanted.to(self.scales) / self.scales).reshape(-1, self.group)[chosen]
         now = self.codes[:, chosen].T.long()
         step = max(1, CHUNK // (self.codebooks.shape[1] * max(1, beam)))
-        found = torch.cat([self._search(t, n, beam, force) for t, n in zip(target.split(step), now.split(step))]) if len(chosen) else now
+        count = len(self.codebooks)
+        order = list(range(count)) if generator is None else torch.randperm(count, generator=generator).tolist()
+        found = torch.cat([self._search(t, n, beam, force, order) for t, n in zip(target.split(step), now.split(step))]) if len(chosen) else now
         changed = (found != now).any(1)
         self.codes[:, chosen] = found.T.to(self.codes)
         return changed
 
-    def _search(self, target: Tensor, start: Tensor, beam: int, force: bool) -> Tensor:
+    def _search(self, target: Tensor, start: Tensor, beam: int, force: bool, order: list[int]) -> Tensor:
         """[groups, C] codes: each codebook's code is chosen anew given the others', the best `beam` combinations going on."""
         books, beams = self.codebooks, start[:, None]
-        for c in range(len(books)):
+        for c in order:
             others = sum((books[o][beams[..., o]] for o in range(len(books)) if o != c), torch.zeros_like(target)[:, None])
             residual = target[:, None] - others
             cost = (residual[..., None, :] - books[c]).square().sum(-1) if books[c].numel() < 4096 else _squares(residual, books[c])
-            size, last = cost.shape[-1], c == len(books) - 1
+            size, last = cost.shape[-1], c == order[-1]
             best = cost.flatten(1).topk(min(max(beam, 2 if force and last else 1), cost[0].numel()), largest=False).indices
             beams = beams.gather(1, (best // size)[..., None].expand(-1, -1, len(books))).clone()
             beams[..., c] = best % size

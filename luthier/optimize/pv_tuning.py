@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from luthier.catalog import register
+from luthier.core.context import seed_of
 from luthier.optimize import Optimizer, as_groups, torch_groups
 from luthier.optimize._shared import PerTensor, refuse
 
@@ -20,18 +21,26 @@ if TYPE_CHECKING:
 
 
 @torch.no_grad()
-def pv_tuning(quant: VectorQuant, reference: Tensor, share: float = 0.01, beam: int = 1, force: bool = False, trust: float | None = None) -> int:
+def pv_tuning(
+    quant: VectorQuant, reference: Tensor, share: float = 0.01, beam: int = 1, force: bool = False, trust: float | None = None, temperature: float = 0.0,
+    generator: torch.Generator | None = None,
+) -> int:  # fmt: skip
     """The discrete step in a subspace: the ceil(share * groups) groups in which `reference` (the weights after a big step) differs most
     from the matrix take the codes nearest to it; the codebooks stay. Returns how many groups changed.
 
     `force`: other codes than now. `trust`: groups change in the order of that distance until ||new - old|| / ||old|| reaches it, the one that
-    reaches it still does (so that one always may), and the rest keep their codes."""
+    reaches it still does (so that one always may), and the rest keep their codes. `temperature` above 0: the groups are drawn in proportion
+    to that distance ^ (1 / temperature). `generator` draws them, and the order in which several codebooks are searched."""
     now = quant()
     number = math.ceil(share * quant.groups)
     distance = (reference.to(now) - now).reshape(quant.groups, -1).norm(dim=1)
+    if temperature > 0:
+        # the largest of log p + Gumbel noise are a draw without replacement
+        noise = torch.rand(quant.groups, generator=generator).clamp_min(1e-30).to(distance)
+        distance = distance.log() / temperature - (-noise.log()).log()
     chosen = distance.topk(number).indices
     before = quant.codes[:, chosen].clone()
-    changed = quant.recode(reference, chosen, beam, force)
+    changed = quant.recode(reference, chosen, beam, force, generator)
     if trust is not None and bool(changed.any()):
         moved = (quant() - now).reshape(quant.groups, -1)[chosen].square().sum(1)
         over = moved.cumsum(0) - moved >= (trust * now.norm()) ** 2
@@ -55,8 +64,8 @@ class PVTuning(Optimizer):
     from the codes each time (the paper's algorithm; then `code_lr` must be of the size of the distance between codes, tenths, or `force` be
     on), and between them buffer <- (1 - d) buffer + d W_q. A report should say which one was used.
 
-    Without coded weights this is Adam with trust ratios. Defaults: the release's; beam 1 for one codebook and 5 for more. Its sampling of
-    groups by norm^(1/T) in place of the largest is left out. Memory: a second moment and (below `delta_decay` 1) a buffer a coded weight."""
+    Without coded weights this is Adam with trust ratios. Defaults: the release's; beam 1 for one codebook and 5 for more, whose
+    order is drawn anew in every step; the groups with the largest wanted change, or with `temperature` T drawn by norm^(1/T). Memory: a second moment and (below `delta_decay` 1) a buffer a coded weight."""
 
     lr: float = 3e-4
     """Peak rate of codebooks, scales and plain weights, relative to their norm."""
@@ -81,6 +90,9 @@ class PVTuning(Optimizer):
     trust: float | None = None
     """The relative change of a matrix at which a V step ends; groups whose reference is nearest keep their codes."""
 
+    temperature: float = 0.0
+    """Above 0, the groups that may change are drawn by the size of their wanted change ^ (1 / temperature); 0 takes the largest."""
+
     parallel = frozenset({"single", "ddp"})
 
     def __post_init__(self) -> None:
@@ -92,6 +104,7 @@ class PVTuning(Optimizer):
         refuse(not 0 < self.max_change <= 1, "max_change", self.max_change, "above 0 and at most 1")
         refuse(self.beam is not None and self.beam < 1, "beam", self.beam, "1 or more")
         refuse(self.trust is not None and not self.trust > 0, "trust", self.trust, "above 0")
+        refuse(self.temperature < 0, "temperature", self.temperature, "0 or above")
 
     def build(self, groups: Iterable[Any], ctx: Context | None = None) -> torch.optim.Optimizer:
         given, made, quantised = as_groups(groups), [], {}
@@ -105,7 +118,8 @@ class PVTuning(Optimizer):
                     part |= {"lr_scale": part["lr_scale"] * self.code_lr / self.lr, "betas": tuple(self.code_betas)}
                     part["lr"] = self.lr * part["lr_scale"]
                 made.append(part)
-        settings = {"decay": self.delta_decay, "share": self.max_change, "beam": self.beam, "force": self.force, "trust": self.trust}
+        settings = {"decay": self.delta_decay, "share": self.max_change, "beam": self.beam, "force": self.force, "trust": self.trust,
+                    "temperature": self.temperature, "seed": ctx.seed if ctx else 0}  # fmt: skip
         return PVOptimizer(made, quantised, settings, self.lr, self.betas, self.eps, self.lamb)  # type: ignore[arg-type]  # parameters are tensors
 
     def after_step(self, step: Any, ctx: Context | None) -> None:
@@ -123,6 +137,7 @@ class PVOptimizer(PerTensor):
     def __init__(self, groups: Any, quantised: dict[Tensor, VectorQuant], settings: dict[str, Any], lr: float, betas: tuple[float, float], eps: float, lamb: bool) -> None:
         super().__init__(groups, {"lr": lr, "betas": tuple(betas), "eps": eps, "lamb": lamb})
         self.quantised, self.settings, self.changed = quantised, settings, 0
+        self.number = {param: i for i, param in enumerate(quantised)}
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
@@ -162,7 +177,8 @@ class PVOptimizer(PerTensor):
         start = param.detach() if how["decay"] == 1 else state.setdefault("buffer", param.detach().clone())
         reference = start + self._update(param, start, group)
         beam = how["beam"] or (1 if len(quant.codebooks) == 1 else 5)
-        self.changed += pv_tuning(quant, reference, how["share"], beam, how["force"], how["trust"])
+        drawn = torch.Generator().manual_seed(seed_of(how["seed"], "pv-tuning", state["step"], self.number[param]))
+        self.changed += pv_tuning(quant, reference, how["share"], beam, how["force"], how["trust"], how["temperature"], drawn)
         param.copy_(quant())
         if how["decay"] < 1:
             state["buffer"] = (1 - how["decay"]) * reference + how["decay"] * param

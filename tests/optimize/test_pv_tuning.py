@@ -63,6 +63,30 @@ def test_the_trust_ratio_admits_the_farthest_groups_until_it_is_reached(trust):
     assert trust > 0.1 or changed == 1, "one may always change"
 
 
+@pytest.mark.parametrize("temperature", [0.5, 2.0, 1e-3])
+def test_groups_are_drawn_in_proportion_to_a_power_of_their_wanted_change(temperature):
+    """How often each of 48 groups is the one that is drawn, of 2,000 draws; a low temperature takes the largest."""
+    quant, reference = VectorQuant.fit(normal(16, 12), group=4, size=6), normal(16, 12, seed=3)
+    start, generator, times = quant.codes.clone(), torch.Generator().manual_seed(0), torch.zeros(quant.groups)
+    distance = (reference - quant()).detach().reshape(-1, 4).norm(dim=1)
+    for _ in range(2000):
+        quant.codes.copy_(start)
+        pv_tuning(quant, reference, 1 / quant.groups, force=True, temperature=temperature, generator=generator)
+        times += (quant.codes != start).any(0)
+    assert float(times.sum()) == 2000
+    expected = torch.softmax(distance.double().log() / temperature, 0)
+    assert float((times / 2000 - expected).abs().max()) < 0.035  # three deviations of a share of a half
+
+
+def test_several_codebooks_are_searched_in_an_order_that_is_drawn():
+    found = set()
+    for seed in range(8):
+        quant = VectorQuant.fit(normal(16, 12), group=4, size=6, count=3)
+        quant.recode(normal(16, 12, seed=3), torch.arange(quant.groups), 1, False, torch.Generator().manual_seed(seed))
+        found.add(tuple(quant.codes.flatten().tolist()))
+    assert len(found) > 1
+
+
 def test_a_step_without_a_gradient_of_codes_is_a_p_step():
     quant, weight, optimizer = coded()
     weight.grad, codes, books = None, quant.codes.clone(), quant.codebooks.detach().clone()
