@@ -20,6 +20,10 @@ claim = Claim(
     departs="Three layers of width 96, trained from nothing for 400 steps on spelled words with their phonemes. All three tasks are scored by the share of tokens that the model predicts "
     "rightly with the right ones before it: a hidden span, the last quarter of a line, and phonemes after 300 examples (with the mode token that the arm knows). The model that only continues text "
     "sees no more than what stands before a gap, which is all it can use. Decoders with a two-way prefix; rows weigh by target tokens, as in T5; spans are rolled, since most of so short lines have one or two of them and the last would always be their end.",
+    reason="Filling gaps is not learned in 400 steps, whatever is mixed: a model that does nothing but regular span corruption finds 0.27 of the tokens of a hidden span, with "
+    "both sides to look at, and the causal model finds 0.55 of them from the left alone. It is not that a denoiser supervises fewer tokens of a line: continuing alone, "
+    "with a quarter of them as targets, comes near the causal model (0.54 against 0.63). So six of the seven denoisers take steps from what is learned and give nothing "
+    "back. Mode tokens change little (0.38 both ways). The paper trains for some hundred thousand steps.",
 )
 
 
