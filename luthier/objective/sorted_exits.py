@@ -33,7 +33,8 @@ def sorted_exits(logits: SequenceOf[Tensor], target: Tensor) -> Tensor:
 @dataclass
 class SortedExits(Supervised):
     """Train nested models at once: the first n layers, the final norm and the one head, for several n; afterwards any of these depths
-    answers on its own, and decoding may exit early or draft with the shallow part (`decode: early-exit`).
+    answers on its own, and decoding may exit early or draft with the shallow part (`decode: early-exit`). `measure: exit-distance` says
+    how far each depth is from the whole.
 
     L = (1/K) sum_{n in exits} CE(Head(Norm(h_n)), y) on the supervised tokens; h_n is what the n-th block returns. One forward pass, one
     backward pass, no new parameters; the logits of an exit are made in chunks and never held together. Exits: the paper's for 40
