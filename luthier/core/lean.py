@@ -2,15 +2,16 @@
 
 They multiply little, but they keep much for the backward pass: SFT of SmolLM2 with LoRA holds 40 % less without it. Inside `lean(network)` every module
 whose forward pass is known word for word computes in one autograd node, which keeps its inputs and makes the rest anew: a norm keeps
-x and one number a token, a gated layer keeps x, gate and up, a LoRA layer keeps x and A x. Wherever somebody looks on (hooks, function
-modes, functorch, autocast) or a part is of another kind, the usual path is taken; so nothing else needs to know.
+x and one number a token, a gated layer keeps x, gate and up, a LoRA layer keeps x and A x. Under autocast products are made in its
+type, as they would be, but casts of weights are made again and not kept. Wherever somebody looks on (hooks, function modes, functorch)
+or a part is of another kind, the usual path is taken; so nothing else needs to know.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -73,9 +74,21 @@ def _watched() -> bool:
     """Somebody replaces or records what tensors do, or asks for derivatives that only the usual path has."""
     return bool(
         torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0 or _get_current_function_mode_stack()
-        or torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda") or torch.compiler.is_compiling()
+        or torch.compiler.is_compiling()
         or modules._global_forward_hooks or modules._global_forward_pre_hooks or modules._global_backward_hooks or modules._global_backward_pre_hooks
     )  # fmt: skip
+
+
+def _products_in(x: Tensor, tensors: Iterable[Tensor | None]) -> torch.dtype | None:
+    """The type that products of x are made in: autocast's, or that of all tensors; None where it is not clear."""
+    kinds, device = {x.dtype, *(t.dtype for t in tensors if t is not None)}, x.device.type
+    if torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device) if kinds <= _CAST else None
+    return x.dtype if len(kinds) == 1 else None
+
+
+_CAST = {torch.float32, torch.bfloat16, torch.float16}
+"""What autocast casts."""
 
 
 def _hooked(module: nn.Module) -> bool:
@@ -90,6 +103,10 @@ class Factors(NamedTuple):
     a: Tensor | None
     b: Tensor | None
     scale: float
+
+    def to(self, dtype: torch.dtype) -> Factors:
+        """In the type of the products."""
+        return Factors._make((*(None if t is None else t.to(dtype) for t in self[:4]), self.scale))
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Of [n, in]: the output, and A x."""
@@ -133,7 +150,7 @@ def _factors(module: Any) -> Factors | None:
     if module.merged or len(active) != 1 or active[0] in module.lora_variant or _drops(module.lora_dropout[active[0]]):
         return None
     a, b = module.lora_A[active[0]], module.lora_B[active[0]]
-    if not (_linear(a) and _linear(b)) or a.bias is not None or b.bias is not None or not a.weight.dtype == b.weight.dtype == base.weight.dtype:
+    if not (_linear(a) and _linear(b)) or a.bias is not None or b.bias is not None:
         return None
     return Factors(base.weight, base.bias, a.weight, b.weight, float(module.scaling[active[0]]))
 
@@ -146,7 +163,7 @@ def _drops(module: nn.Module) -> bool:
 def _again(ctx: Any, inputs: Sequence[Any], usual: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """Gradients that have gradients themselves: through the usual operations, made once more."""
     wanted = [t for t, need in zip(inputs, ctx.needs_input_grad) if need and t is not None]
-    found = iter(torch.autograd.grad(usual(*inputs), wanted, grad, create_graph=True))
+    found = iter(torch.autograd.grad(usual(*inputs).to(grad.dtype), wanted, grad, create_graph=True))
     return tuple(next(found) if need and t is not None else None for t, need in zip(inputs, ctx.needs_input_grad))
 
 
@@ -199,29 +216,43 @@ class _Lora(nn.Module):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         factors = None if args or kwargs or _watched() else _factors(self)
-        if factors is None or factors.a is None or x.dtype != factors.weight.dtype:
+        dtype = None if factors is None or factors.a is None else _products_in(x, factors[:4])
+        if factors is None or dtype is None:
             return super().forward(x, *args, **kwargs)
-        return _LowRank.apply(x, *factors)
+        return _LowRank.apply(x, *factors, dtype)
 
 
 class _LowRank(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, *given: Any) -> Tensor:
-        factors, flat = Factors(*given), x.reshape(-1, x.shape[-1])
-        out, inner = factors(flat)
-        ctx.save_for_backward(x, *given[:4], inner)
-        ctx.scale = given[4]
+        *parts, ctx.dtype = given
+        ctx.scale = parts[4]
+        out, inner = Factors._make(parts).to(ctx.dtype)(x.reshape(-1, x.shape[-1]).to(ctx.dtype))
+        ctx.save_for_backward(x, *parts[:4], inner)
         return out.view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        (grad,), (x, weight, bias, a, b, inner) = grads, ctx.saved_tensors
+        (grad,), (x, *parts, inner) = grads, ctx.saved_tensors
+        factors = Factors._make((*parts, ctx.scale))
         if torch.is_grad_enabled():
-            scale = ctx.scale
-            return *_again(ctx, (x, weight, bias, a, b), lambda x, w, bias, a, b: F.linear(x, w, bias) + F.linear(F.linear(x, a), b) * scale, grad), None
-        flat = x.reshape(-1, x.shape[-1])
-        back, rest = Factors(weight, bias, a, b, ctx.scale).backward(grad.reshape(-1, grad.shape[-1]), flat, inner, ctx.needs_input_grad[:5])
-        return None if back is None else back.view_as(x), *rest, None
+            scale, dtype = ctx.scale, ctx.dtype
+            return *_again(ctx, (x, *parts), lambda x, *parts: _usual(x, Factors._make((*parts, scale)), dtype), grad), None, None
+        flat = x.reshape(-1, x.shape[-1]).to(ctx.dtype)
+        back, rest = factors.to(ctx.dtype).backward(grad.reshape(-1, grad.shape[-1]), flat, inner, ctx.needs_input_grad[:5])
+        return *_like([x, *parts], [back, *rest]), None, None
+
+
+def _usual(x: Tensor, factors: Factors, dtype: torch.dtype) -> Tensor:
+    """The same by plain operations."""
+    x, f = x.to(dtype), factors.to(dtype)
+    out = F.linear(x, f.weight, f.bias)
+    return out if f.a is None or f.b is None else out + F.linear(F.linear(x, f.a), f.b) * f.scale
+
+
+def _like(tensors: Sequence[Tensor | None], grads: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """Gradients in the shapes and types of what they are gradients of."""
+    return [None if g is None or t is None else g.view_as(t).to(t.dtype) for t, g in zip(tensors, grads)]
 
 
 # -- gated feed-forward layers -----------------------------------------------------------------------------------------------------
@@ -235,10 +266,10 @@ class _Gated(nn.Module):
         parts: list[Factors] = []
         if not _watched() and type(self.act_fn) in (nn.SiLU, _silu()) and not _hooked(self.act_fn):
             found = (_factors(layer) for layer in (self.gate_proj, self.up_proj, self.down_proj))
-            parts = [f for f in found if f is not None and f.weight.dtype == x.dtype]
-        if len(parts) < 3:
-            return super().forward(x)
-        return _GatedLinear.apply(x, *(t for part in parts for t in part[:4]), tuple(part.scale for part in parts))
+            parts = [f for f in found if f is not None]
+        tensors = [t for part in parts for t in part[:4]]
+        dtype = _products_in(x, tensors) if len(parts) == 3 else None
+        return super().forward(x) if dtype is None else _GatedLinear.apply(x, *tensors, tuple(part.scale for part in parts), dtype)
 
 
 @functools.cache
@@ -251,44 +282,40 @@ def _silu() -> type:
 class _GatedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, *given: Any) -> Tensor:
-        gate, up, down = _three(given[:12], given[12])
-        flat = x.reshape(-1, x.shape[-1])
-        g, g_inner = gate(flat)
-        u, u_inner = up(flat)
-        out, d_inner = down(F.silu(g).mul_(u))
-        ctx.save_for_backward(x, *given[:12], g, u, g_inner, u_inner, d_inner)
-        ctx.scales = given[12]
+        *parts, ctx.scales, ctx.dtype = given
+        gate, up, down = _three(parts, ctx.scales)
+        flat = x.reshape(-1, x.shape[-1]).to(ctx.dtype)
+        g, g_inner = gate.to(ctx.dtype)(flat)
+        u, u_inner = up.to(ctx.dtype)(flat)
+        out, d_inner = down.to(ctx.dtype)(F.silu(g).mul_(u))
+        ctx.save_for_backward(x, *parts, g, u, g_inner, u_inner, d_inner)
         return out.view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         (grad,), saved = grads, ctx.saved_tensors  # once: a checkpoint gives them out one time
         if torch.is_grad_enabled():
-            return *_again(ctx, saved[:13], functools.partial(_usual_gated, ctx.scales), grad), None
+            return *_again(ctx, saved[:13], functools.partial(_usual_gated, ctx.scales, ctx.dtype), grad), None, None
         x, given, (g, u, g_inner, u_inner, d_inner) = saved[0], saved[1:13], saved[13:]
         gate, up, down = _three(given, ctx.scales)
         of_x, need = ctx.needs_input_grad[0], ctx.needs_input_grad[1:13]
-        flat, grad = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
+        flat, grad = x.reshape(-1, x.shape[-1]).to(ctx.dtype), grad.reshape(-1, grad.shape[-1])
         below = of_x or any(need[:8])
         active = F.silu(g) if below or any(need[8:]) else None
         h = active * u if active is not None and (need[8] or need[10]) else None
-        of_h, of_down = down.backward(grad, h, d_inner, (below, *need[8:]))
-        if of_h is None or active is None:
-            return None, *[None] * 8, *of_down, None
-        of_gate_out = torch.ops.aten.silu_backward(of_h * u, g)
-        back, of_up = up.backward(of_h.mul_(active), flat, u_inner, (of_x, *need[4:8]))
-        back, of_gate = gate.backward(of_gate_out, flat, g_inner, (of_x, *need[:4]), into=back)
-        return None if back is None else back.view_as(x), *of_gate, *of_up, *of_down, None
+        of_h, of_down = down.to(ctx.dtype).backward(grad, h, d_inner, (below, *need[8:]))
+        back, of_gate, of_up = None, [None] * 4, [None] * 4
+        if of_h is not None and active is not None:
+            of_gate_out = torch.ops.aten.silu_backward(of_h * u, g)
+            back, of_up = up.to(ctx.dtype).backward(of_h.mul_(active), flat, u_inner, (of_x, *need[4:8]))  # type: ignore[assignment]
+            back, of_gate = gate.to(ctx.dtype).backward(of_gate_out, flat, g_inner, (of_x, *need[:4]), into=back)  # type: ignore[assignment]
+        return *_like([x, *given], [back, *of_gate, *of_up, *of_down]), None, None
 
 
 def _three(tensors: Sequence[Any], scales: Sequence[float]) -> list[Factors]:
     return [Factors._make((*tensors[4 * i : 4 * i + 4], scale)) for i, scale in enumerate(scales)]
 
 
-def _usual_gated(scales: Sequence[float], x: Tensor, *tensors: Any) -> Tensor:
-    def apply(x: Tensor, f: Factors) -> Tensor:
-        out = F.linear(x, f.weight, f.bias)
-        return out if f.a is None or f.b is None else out + F.linear(F.linear(x, f.a), f.b) * f.scale
-
+def _usual_gated(scales: Sequence[float], dtype: torch.dtype, x: Tensor, *tensors: Any) -> Tensor:
     gate, up, down = _three(tensors, scales)
-    return apply(F.silu(apply(x, gate)) * apply(x, up), down)
+    return _usual(F.silu(_usual(x, gate, dtype)) * _usual(x, up, dtype), down, dtype)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import statistics
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -77,6 +79,71 @@ def test_the_same_numbers(name):
         torch.manual_seed(1)
         short = passed(model)
     alike(short, usual)
+
+
+CAST = {
+    "all weights and biases": lambda: network(True),
+    "lora": lambda: adapted(ALL),
+    "lora in some places": lambda: adapted(["q_proj", "down_proj"]),
+    "lora on a base in half precision": lambda: halved(adapted(ALL)),
+}
+
+
+def halved(model: nn.Module) -> nn.Module:
+    for name, param in model.named_parameters():
+        if "lora" not in name and "norm" not in name:
+            param.data = param.data.bfloat16()
+    return model
+
+
+def apart(grads: dict[str, torch.Tensor], whole: dict[str, torch.Tensor]) -> float:
+    return sum(float((grads[n].float() - g).square().sum()) for n, g in whole.items()) ** 0.5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", CAST)
+def test_under_autocast_it_is_as_near_to_full_precision_as_the_usual_path(name, dtype):
+    """Rounding falls one way or the other, so the errors are compared over several models."""
+    ratios = []
+    for seed in range(10):
+        model = CAST[name]()
+        torch.manual_seed(seed)
+        for param in model.parameters():
+            param.data += 0.03 * torch.randn_like(param)
+        whole = passed(copy.deepcopy(model).float())
+        with torch.autocast("cpu", dtype):
+            usual = passed(model)
+            with lean(model):
+                short = passed(model)
+        assert short[1].keys() == usual[1].keys() and all(short[1][n].dtype == g.dtype for n, g in usual[1].items())
+        assert short[0].dtype == usual[0].dtype and not torch.equal(short[0], whole[0])  # products were made in the other type
+        ratios.append(apart(short[1], whole[1]) / apart(usual[1], whole[1]))
+    assert statistics.geometric_mean(ratios) < 1.5
+
+
+def test_under_autocast_no_cast_of_a_frozen_weight_is_kept():
+    model, kept = adapted(ALL), []
+    with torch.autocast("cpu", torch.bfloat16):
+        for context in (nullcontext(), lean(model)):
+            with context, saved_bytes(model) as saved:
+                model(input_ids=IDS[:, :3]).logits.sum()
+                kept.append(saved.peak)
+    assert kept[1] < 0.5 * kept[0]
+
+
+def test_gradients_of_gradients_under_autocast():
+    model = adapted(ALL)
+    model.set_attn_implementation("eager")
+    params = {n: p for n, p in model.named_parameters() if p.requires_grad}
+
+    def curvature(cast: bool) -> dict[str, torch.Tensor]:
+        with torch.autocast("cpu", torch.bfloat16, enabled=cast):
+            grads = torch.autograd.grad(model(input_ids=IDS, labels=IDS).loss, list(params.values()), create_graph=True)
+        return dict(zip(params, torch.autograd.grad(sum((g.float() ** 2).sum() for g in grads), list(params.values()))))
+
+    whole, usual = curvature(False), curvature(True)
+    with lean(model):
+        assert apart(curvature(True), whole) < 2 * apart(usual, whole)
 
 
 def test_less_is_kept_and_fewer_nodes_are_made():
