@@ -26,6 +26,7 @@ from luthier.core.journal import check_trackers
 from luthier.core.stage import Stage
 from luthier.core.trials import search
 from luthier.errors import RecipeError, Stopped, UserError
+from luthier.measure import Measures
 from luthier.recipe import Data, Recipe, StageEntry, check
 
 if TYPE_CHECKING:
@@ -285,8 +286,15 @@ class _Runner:
             method = choice.build()
             if family.kind not in method.families or (when == "before" and method.compares):
                 continue
-            with family.evaluating():
-                result = method.measure(family, streams.get("test"), ctx)
+            try:
+                with family.evaluating():
+                    result = method.measure(family, streams.get("test"), ctx)
+            except UserError as refusal:
+                if when == "before" or isinstance(refusal, Stopped):
+                    raise
+                # the tuned model is there; what one measure cannot do is no reason to keep the others from the reader
+                result = Measures(notes=[f"Not measured: {refusal}"])
+                self.say(f"{choice.method} was not measured: {refusal}")
             found[choice.method] = json.loads(json.dumps(vars(result), default=_jsonable))
         return found
 

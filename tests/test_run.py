@@ -194,6 +194,38 @@ def test_a_loop_ends_when_its_condition_holds_on_the_validation_rows(tmp_path, u
     assert run.model_path.is_dir()
 
 
+REFUSING = """
+from dataclasses import dataclass
+from luthier.catalog import register
+from luthier.errors import ModelError
+from luthier.measure import Measure
+
+@register("refusing")
+@dataclass
+class Refusing(Measure):
+    '''Look at nothing.'''
+    compares = {compares}
+
+    def measure(self, model, rows, ctx=None):
+        raise ModelError("It has no such weights.")
+"""
+
+
+def test_a_measure_that_cannot_be_taken_of_the_tuned_model_leaves_the_others(tmp_path):
+    (tmp_path / "m.py").write_text(REFUSING.format(compares=True))
+    run = tune(recipe(tmp_path, measure=[f"{tmp_path}/m.py:Refusing", "task"]), tmp_path / "run")
+    after = run.measures["after"]
+    assert after[f"{tmp_path}/m.py:Refusing"]["notes"] == ["Not measured: It has no such weights."] and "nll" in after["task"]["numbers"]
+    assert (run.folder / "report.html").exists()
+
+
+def test_a_measure_that_cannot_be_taken_is_refused_before_anything_trains(tmp_path):
+    (tmp_path / "m.py").write_text(REFUSING.format(compares=False))
+    with pytest.raises(ModelError, match="It has no such weights"):
+        tune(recipe(tmp_path, measure=[f"{tmp_path}/m.py:Refusing"]), tmp_path / "run")
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
 def test_a_condition_that_nothing_measures_is_refused(tmp_path):
     made = recipe(tmp_path, measure=["task"], stages=[{"loop": {"times": 2, "until": "task/nil < 1", "stages": [{"train": {"steps": 1}}]}}])
     with pytest.raises(RecipeError, match="task/nll"):

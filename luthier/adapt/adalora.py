@@ -12,6 +12,7 @@ from luthier.adapt._shared import Targeted
 from luthier.catalog import register
 from luthier.core.loss import Loss
 from luthier.core.plugin import Step
+from luthier.errors import RecipeError
 
 if TYPE_CHECKING:
     from luthier.core.context import Context
@@ -95,6 +96,9 @@ class AdaLora(Targeted):
         if step.skip or not self._grads:
             return
         params = dict(self._tuner.model.named_parameters())
+        resting = next((n for n, p in params.items() if "lora_" in n and n not in self._grads and not n.endswith("ranknum")), None)
+        if resting is not None:
+            raise RecipeError(f"adalora ranks all its tensors by their gradients, but '{resting}' got none: another method of this recipe keeps it from training. Take `adapt: lora` with that method, or leave it out.")
         for name, grad in self._grads.items():
             params[name].grad = grad
         self._tuner.update_and_allocate(step.number + 1)

@@ -171,7 +171,8 @@ class _Calls(TorchFunctionMode):
         kwargs = kwargs or {}
         before = self.flops.forward
         out = func(*args, **kwargs)
-        if in_backward() or not any(isinstance(t, Tensor) and t.requires_grad for t in tree_leaves(out)):
+        made = args[:1] if out is None else out  # written into the first argument
+        if in_backward() or not any(isinstance(t, Tensor) and t.requires_grad for t in tree_leaves(made)):
             return out
         tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         mine = [t for t in tensors if id(t) in self.names]

@@ -23,7 +23,7 @@ from luthier.core.fetch import ALIASES, EMBEDDED, fetch
 from luthier.core.gguf_export import export_gguf, mend_pre_tokenizer
 from luthier.core.places import Place, place_of
 from luthier.core.probe import probe
-from luthier.core.quiet import first_line, quiet, unquantised
+from luthier.core.quiet import first_line, folded, quiet, unquantised
 from luthier.errors import ModelError, UserError
 
 __all__ = ["DualEncoder", "ImageClassifier", "TextEncoder", "export_gguf", "fingerprint", "load", "load_state", "probe", "save_network", "wrap"]
@@ -292,9 +292,7 @@ def save_network(family: Family, directory: str | Path) -> None:
     directory = Path(directory)
     network: Any = family.network
     if hasattr(network, "peft_config"):
-        if not hasattr(network, "merge_and_unload"):
-            raise ModelError("This model carries prompt vectors that cannot be merged into its weights; export it as an adapter.")
-        network = copy.deepcopy(network).merge_and_unload()
+        network = folded(copy.deepcopy(network))
     directory.mkdir(parents=True, exist_ok=True)
     with quiet():
         network.save_pretrained(directory)

@@ -1,4 +1,4 @@
-"""Talking to transformers: without its bars and reports, and without the traces that a GGUF file leaves on a network."""
+"""Talking to transformers and peft: without bars and reports, without the traces that a GGUF file leaves on a network, refusals as sentences."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+
+from luthier.errors import ModelError
 
 
 @contextmanager
@@ -32,6 +34,16 @@ def unquantised(network: Any) -> Any:
         del network.config.quantization_config
     network.config.architectures = [type(network).__name__]
     return network
+
+
+def folded(network: Any, advice: str = "export it as an adapter, or train with another `adapt`") -> Any:
+    """A plain network from one that carries a peft adapter: what was learned is in its weights now. It is changed itself."""
+    if not hasattr(network, "merge_and_unload"):
+        raise ModelError(f"Learned prompts and prefixes are not part of a model's weights, so they cannot be merged into them; {advice}.")
+    try:
+        return network.merge_and_unload()
+    except (ValueError, NotImplementedError, TypeError, AttributeError) as error:
+        raise ModelError(f"This adapter cannot be merged into the weights ({first_line(error)}); {advice}.") from error
 
 
 def first_line(error: Exception) -> str:

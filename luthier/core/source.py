@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from luthier.core.quiet import folded
 from luthier.core.tensorfile import TensorFiles, open_checkpoint, write_file, write_folder
 from luthier.core.windows import BLOCK, cut_out, renamed, shape_here, whole, window, windows
 from luthier.errors import ModelError
@@ -172,10 +173,9 @@ def _of_network(network: nn.Module) -> TensorSource:
     configs: dict[str, Any] | None = getattr(network, "peft_config", None)
     if configs is None:
         return _of_mapping(dict(network.state_dict()))
-    if not hasattr(network, "merge_and_unload") or any(getattr(c, "is_prompt_learning", False) for c in configs.values()):
+    if any(getattr(c, "is_prompt_learning", False) for c in configs.values()):
         raise ModelError("Prompts, prefixes and the like are not part of a model's weights, so this adapter cannot be merged into them.")
-    twin: Any = copy.deepcopy(network)
-    return _of_mapping(dict(twin.merge_and_unload().state_dict()))
+    return _of_mapping(dict(folded(copy.deepcopy(network)).state_dict()))
 
 
 def _of_path(path: Path, base: Any) -> TensorSource:

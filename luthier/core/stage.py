@@ -23,6 +23,7 @@ from luthier.core.journal import Journal
 from luthier.core.models import load, load_state, save_network
 from luthier.core.plugin import defines
 from luthier.core.preflight import EXAMINED, preflight
+from luthier.core.quiet import folded
 from luthier.core.rows import Rows, fit_lengths, lengths
 from luthier.core.sources import Sources
 from luthier.errors import ModelError, RecipeError, TrainingError, UserError
@@ -369,14 +370,8 @@ def plain(family: Family) -> Family:
 
 def merged(family: Family) -> Family:
     """The same model as a plain transformers network. An adapter that cannot be merged into the weights is refused."""
-    advice = "leave out `merge`, or choose another value for `adapt`"
-    if hasattr(family.network, "merge_and_unload"):
-        try:
-            family.network = family.network.merge_and_unload()
-        except (ValueError, NotImplementedError, TypeError, AttributeError) as error:
-            raise ModelError(f"This adapter cannot be merged into the weights ({error}); {advice}.") from error
     if hasattr(family.network, "peft_config"):
-        raise ModelError(f"Learned prompts cannot be merged into the weights; {advice}.")
+        family.network = folded(family.network, "leave out `merge`, or choose another value for `adapt`")
     return family
 
 

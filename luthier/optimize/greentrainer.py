@@ -16,6 +16,7 @@ from luthier.catalog import register
 from luthier.core import ranks
 from luthier.core.meters import BackwardCosts, Flops, backward_costs
 from luthier.core.surgery import rewind
+from luthier.errors import RecipeError
 from luthier.optimize import Optimizer
 from luthier.optimize._shared import adamw, refuse
 
@@ -42,6 +43,8 @@ def greentrainer(
     O(N x resolution) in place of O(N^2 x resolution). Costs are counted in sum(dw + dy) / `resolution`, rounded down, and the
     rounded budget is lowered until the true cost fits."""
     value, w, d = (np.asarray(x, dtype=np.float64) for x in (importance, dw, dy))
+    if budget < 0 or not len(value):
+        return []
     reach = np.cumsum(d) if charge == "release" else np.concatenate([[0.0], np.cumsum(d)[:-1]])
     unit = max(float(w.sum() + d.sum()) / resolution, 1e-300)
     cap = int(min(budget, w.sum() + d.sum()) / unit + 1e-9)
@@ -183,6 +186,7 @@ class GreenTrainer(Optimizer):
         with backward_costs(params) as measured:  # type: ignore[arg-type]
             closure()
         self.costs = costs = ranks.gather(measured())[0]  # all processes choose alike
+        self._seen(params, ctx)
         budget = backward_budget(costs, self.share)
         near = set(reachable(costs, budget, self.charge))
         for name, param in params.items():
@@ -201,6 +205,15 @@ class GreenTrainer(Optimizer):
             self.chosen = costs.names[:1]
             if ctx is not None:
                 ctx.notice(f"GreenTrainer found no tensor that helps within {self.share:g} of the operations, so only '{self.chosen[0]}' trains; a larger `share` allows more.")
+
+    def _seen(self, params: dict[str, Tensor], ctx: Context | None) -> None:
+        """A tensor that no watched operation of the forward pass takes has no price."""
+        assert self.costs is not None
+        unseen = [n for n in params if n not in set(self.costs.names)]
+        if len(unseen) == len(params):
+            raise RecipeError(f"greentrainer cannot watch where '{unseen[0]}' and the other trained tensors enter the forward pass, so it has no prices to choose by; take another `adapt` or another `optimize`.")
+        if unseen and ctx is not None and self._chosen_at is None:
+            ctx.notice(f"GreenTrainer saw no operation that {len(unseen)} of {len(params)} tensors enter, e.g. '{unseen[0]}'; they do not train.")
 
     def state_dict(self) -> dict[str, Any]:
         return {"chosen": list(self.chosen), "importance": dict(self.importance), "chosen_at": self._chosen_at, "steps": self._steps}

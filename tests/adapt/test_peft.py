@@ -160,6 +160,15 @@ def test_adalora_ends_with_the_budget_and_resumes():
     assert tuner.penalty(model).terms["orthogonal"].weight == 0.1
 
 
+def test_adalora_refuses_to_rank_what_another_method_keeps_from_training():
+    model, ctx = llama(), context()
+    tuner = method("adapt", "adalora")(rank=2, start_rank=4)
+    parts = tuner.attach(model, ctx)
+    next(p for n, p in model.network.named_parameters() if "lora_E" in n).requires_grad_(False)
+    with pytest.raises(RecipeError, match="adalora ranks all its tensors by their gradients, but '.*lora_E"):
+        train(model, tuner, parts, ctx, 1)
+
+
 def test_a_new_stage_merges_the_last_adapter():
     model, ids = llama(), torch.tensor([ROWS[4]["ids"]])
     first = method("adapt", "lora")(rank=2)

@@ -183,6 +183,33 @@ def test_choices_follow_epochs_and_survive_a_checkpoint():
     assert again.costs is None and again.chosen == tuner.chosen
 
 
+def test_nothing_fits_where_what_must_be_spent_is_over_the_budget():
+    assert greentrainer([1.0, 1.0], [0.0, 0.0], [5.0, 0.0], -3.0) == [] == greentrainer([], [], [], 10.0)
+
+
+@pytest.mark.parametrize("others", [0, 1])
+def test_tensors_without_a_price_are_named(others):
+    torch.manual_seed(0)
+    layers = nn.ModuleList(nn.Linear(6, 6, bias=False) for _ in range(others))
+    network = nn.ModuleDict({"unused": nn.Linear(6, 6, bias=False), "layers": layers})
+    tuner, ctx = GreenTrainer(lr=1e-2, share=1.0), Context()
+    optimizer = tuner.build(network.named_parameters())
+
+    def passed(_):
+        out = X.clone().requires_grad_()
+        for layer in layers:
+            out = layer(out)
+        return F.cross_entropy(out, Y), out
+
+    closure = FakeClosure(network, optimizer, passed)
+    if not others:
+        with pytest.raises(RecipeError, match="cannot watch where 'unused.weight'"):
+            tuner.step(optimizer, closure, ctx)
+    else:
+        tuner.step(optimizer, closure, ctx)
+        assert tuner.chosen == ["layers.0.weight"] and any("1 of 2 tensors" in said for said in ctx.notices)
+
+
 def test_bad_values():
     for bad in ({"lr": 0.0}, {"share": 0.0}, {"share": 1.5}, {"interval": 0}, {"every": 0}, {"resolution": 1}, {"charge": "free"}, {"weight_decay": -1.0}):
         with pytest.raises(RecipeError, match=next(iter(bad))):
