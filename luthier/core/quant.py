@@ -167,11 +167,15 @@ class VectorQuant(nn.Module):
         return self.units().reshape(len(self.scales), -1) * self.scales
 
     def chain(self, grad: Tensor) -> None:
-        """Set the gradients of codebooks and scales from the gradient of the matrix: sums over all users of a code."""
+        """Set the gradients of codebooks and scales, where they train, from the gradient of the matrix: sums over all users of a code."""
+        wanted = [p for p in (self.codebooks, self.scales) if p.requires_grad]
+        if not wanted:
+            return
         with torch.enable_grad():
             matrix = self()
-            books, scales = torch.autograd.grad(matrix, [self.codebooks, self.scales], grad.to(matrix))
-        self.codebooks.grad, self.scales.grad = books, scales
+            found = torch.autograd.grad(matrix, wanted, grad.to(matrix))
+        for param, own in zip(wanted, found):
+            param.grad = own
 
     @torch.no_grad()
     def recode(self, wanted: Tensor, chosen: Tensor, beam: int = 1, force: bool = False, generator: torch.Generator | None = None) -> Tensor:

@@ -152,8 +152,11 @@ def entropy(logits: Tensor) -> Tensor:
 
 
 def kl(p_logits: Tensor, q_logits: Tensor) -> Tensor:
-    """KL(p || q) over the last dimension; 0 log 0 = 0."""
-    logp, logq = torch.log_softmax(p_logits.float(), -1), torch.log_softmax(q_logits.float(), -1)
+    """KL(p || q) over the last dimension; 0 log 0 = 0.
+
+    Where one model has more tokens: those that only q has are impossible for p, those that only p has are left out."""
+    shared = min(p_logits.shape[-1], q_logits.shape[-1])
+    logp, logq = torch.log_softmax(p_logits[..., :shared].float(), -1), torch.log_softmax(q_logits.float(), -1)[..., :shared]
     p = logp.exp()
     # masked before the product, else an impossible token (-inf in both) would make the gradient NaN
     return (p * (logp - logq).masked_fill(p == 0, 0)).sum(-1)

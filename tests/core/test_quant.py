@@ -111,6 +111,14 @@ def test_gradients_of_codebooks_are_sums_over_their_users():
     expected = torch.stack([per_group[quant.codes[0] == k].sum(0) for k in range(4)])
     torch.testing.assert_close(quant.codebooks.grad[0], expected)
     torch.testing.assert_close(quant.scales.grad[:, 0], (grad * (quant() / quant.scales)).sum(1).detach())
+    books = quant.codebooks.grad.clone()
+    quant.codebooks.requires_grad_(False).grad = None
+    quant.chain(grad)
+    assert quant.codebooks.grad is None
+    quant.codebooks.requires_grad_(True)
+    quant.scales.requires_grad_(False)
+    quant.chain(grad)
+    torch.testing.assert_close(quant.codebooks.grad, books)
 
 
 def test_codes_are_packed_without_loss_and_counted():

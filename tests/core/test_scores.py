@@ -159,3 +159,14 @@ def test_autocast_keeps_scores_close():
             rough = family.score(rows).logp
     assert rough.dtype == torch.float32
     torch.testing.assert_close(rough, exact, rtol=0.1, atol=0.3)
+
+
+def test_kl_between_vocabularies_of_different_size():
+    """Tokens that were added to one of the models: impossible for the other as p, left out of the other as q."""
+    from scipy.special import rel_entr, softmax
+
+    small, large = torch.randn(5, 7), torch.randn(5, 9)
+    p, q = softmax(small.numpy(), -1), softmax(large.numpy(), -1)
+    np.testing.assert_allclose(kl(small, large), rel_entr(np.pad(p, ((0, 0), (0, 2))), q).sum(-1), rtol=1e-4)
+    known = q[:, :7] / q[:, :7].sum(-1, keepdims=True)
+    np.testing.assert_allclose(kl(large, small), rel_entr(known, p).sum(-1), rtol=1e-4)
