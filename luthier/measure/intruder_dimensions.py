@@ -11,7 +11,7 @@ from torch import Tensor
 
 from luthier.catalog import register
 from luthier.core.modelmap import block_index
-from luthier.errors import RecipeError
+from luthier.errors import ModelError, RecipeError
 from luthier.measure import Measure, Measures
 from luthier.measure.weights import effective_rank
 
@@ -75,6 +75,8 @@ class IntruderDimensions(Measure):
             block = block_index(name)[0]
             if name not in base or after.ndim != 2 or block is None or min(after.shape) < self.min_size or torch.equal(base[name], after):
                 continue
+            if base[name].shape != after.shape:
+                raise ModelError(f"'{name}' is {list(base[name].shape)} in the base and {list(after.shape)} in the tuned model, so their singular vectors cannot be compared.")
             left, match = intruder_dimensions(base[name], after, self.k, self.epsilon)
             right, _ = intruder_dimensions(base[name], after, self.k, self.epsilon, "right")
             delta = after.float() - base[name].float()

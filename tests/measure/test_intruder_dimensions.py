@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from luthier.errors import RecipeError
+from luthier.errors import ModelError, RecipeError
 from luthier.measure.intruder_dimensions import IntruderDimensions, intruder_dimensions, scale_intruders
 
 
@@ -52,3 +52,9 @@ def test_the_measure_counts_matrices_inside_blocks_only(base):
 def test_bad_settings():
     with pytest.raises(RecipeError, match="epsilon"):
         IntruderDimensions(epsilon=0)
+
+
+def test_matrices_of_other_shapes_are_named(base):
+    name = "model.layers.0.mlp.up_proj.weight"
+    with pytest.raises(ModelError, match=r"'model.layers.0.mlp.up_proj.weight' is \[24, 12\] in the base and \[20, 12\]"):
+        IntruderDimensions().compare({name: base}, {name: base[:20]})
