@@ -293,8 +293,8 @@ class _Runner:
                 if when == "before" or isinstance(refusal, Stopped):
                     raise
                 # the tuned model is there; what one measure cannot do is no reason to keep the others from the reader
-                result = Measures(notes=[f"Not measured: {refusal}"])
-                self.say(f"{choice.method} was not measured: {refusal}")
+                result = Measures(notes=[f"{choice.method} was not measured: {refusal}"])
+                self.say(result.notes[0])
             found[choice.method] = json.loads(json.dumps(vars(result), default=_jsonable))
         return found
 

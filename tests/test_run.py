@@ -214,8 +214,8 @@ class Refusing(Measure):
 def test_a_measure_that_cannot_be_taken_of_the_tuned_model_leaves_the_others(tmp_path):
     (tmp_path / "m.py").write_text(REFUSING.format(compares=True))
     run = tune(recipe(tmp_path, measure=[f"{tmp_path}/m.py:Refusing", "task"]), tmp_path / "run")
-    after = run.measures["after"]
-    assert after[f"{tmp_path}/m.py:Refusing"]["notes"] == ["Not measured: It has no such weights."] and "nll" in after["task"]["numbers"]
+    after, name = run.measures["after"], f"{tmp_path}/m.py:Refusing"
+    assert after[name]["notes"] == [f"{name} was not measured: It has no such weights."] and "nll" in after["task"]["numbers"]
     assert (run.folder / "report.html").exists()
 
 
