@@ -272,4 +272,9 @@ def _finite(value: float | None) -> bool:
 
 
 def _tick(value: float) -> str:
-    return "0" if abs(value) < 1e-12 else f"{value:.3g}" if 1e-3 <= abs(value) < 1e5 else f"{value:.0e}".replace("e-0", "e-").replace("e+0", "e")
+    size = abs(value)
+    if size < 1e-12:
+        return "0"
+    if 999.5 <= size < 1e5:
+        return f"{value:,.0f}"
+    return f"{value:.3g}" if 1e-3 <= size < 1e3 else f"{value:.0e}".replace("e-0", "e-").replace("e+0", "e")

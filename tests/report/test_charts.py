@@ -56,3 +56,9 @@ def test_what_is_missing_is_counted_and_never_drawn_as_zero():
 def test_equal_values_still_make_a_scale():
     assert Scale.of([3.0, 3.0]).low < 3.0 < Scale.of([3.0, 3.0]).high
     assert Scale.of([0.0]).high > 0 and Scale.of([]).high > Scale.of([]).low
+
+
+def test_numbers_at_ticks_are_short_and_without_exponents_where_people_write_none():
+    from luthier.report.charts import _tick
+
+    assert [_tick(v) for v in (0, 1400, -99_000, 999.6, 0.534, 2e5, 1e-5)] == ["0", "1,400", "-99,000", "1,000", "0.534", "2e5", "1e-5"]
