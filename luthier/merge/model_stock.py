@@ -13,7 +13,7 @@ from torch import Tensor
 
 from luthier.catalog import register
 from luthier.core.source import TensorSource
-from luthier.core.windows import offset
+from luthier.core.windows import cut_out
 from luthier.errors import RecipeError
 from luthier.merge._shared import VectorMerger, deltas
 
@@ -78,7 +78,6 @@ class ModelStock(VectorMerger):
 
     def __post_init__(self) -> None:
         self.report: dict[str, Any] = {"ratios": {}}
-        self._seen: dict[str, dict[int, tuple[int, float]]] = {}
 
     def check(self, recipe: Any) -> str | None:
         named = [n for n in getattr(recipe, "merge_of", None) or [] if n != "base"]
@@ -90,23 +89,21 @@ class ModelStock(VectorMerger):
             raise RecipeError(_TOO_FEW.format(len(updates)))
 
         @functools.cache
-        def of_tensor(name: str) -> Tensor:
-            """The t of a whole tensor; its inner products are added up in blocks of rows."""
-            return ratio(torch.stack([products(parts) for parts in zip(*(u.pieces(name) for u in updates))]).sum(0))
+        def ratios(name: str, rows: bool) -> Tensor:
+            """The t of a whole tensor, whose inner products are added up in blocks of rows, or of each of its rows."""
+            blocks = zip(*(u.pieces(name) for u in updates))
+            if rows:
+                return torch.cat([ratio(products(parts, True)) for parts in blocks])
+            return ratio(torch.stack([products(parts) for parts in blocks]).sum(0))
 
         def read(name: str) -> Tensor:
             parts = [u[name] for u in updates]
             if not parts[0].is_floating_point() or parts[0].numel() == 0:
                 return parts[0]
-            if self.filter_wise and parts[0].ndim > 1:  # every row by itself, whichever are read
-                change, t = model_stock(parts, True)
-                seen = self._seen.setdefault(name, {})
-                seen[offset(name, 1)] = (t.numel(), float(t.sum()))
-                self.report["ratios"][name] = sum(total for _, total in seen.values()) / sum(number for number, _ in seen.values())
-                return change
-            t = of_tensor(updates[0].aliases.get(name, name))
-            self.report["ratios"][name] = float(t.detach())
-            return t * _mean(parts)
+            rows = self.filter_wise and parts[0].ndim > 1
+            t = ratios(updates[0].aliases.get(name, name), rows)
+            self.report["ratios"][name] = float(t.detach().mean())
+            return (cut_out(name, t).unsqueeze(-1) if rows else t) * _mean(parts)
 
         return TensorSource(updates[0], read, updates[0].meta, updates[0].aliases)
 
