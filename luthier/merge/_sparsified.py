@@ -56,8 +56,10 @@ Change = Callable[[Tensor, Tensor, Sizes], Tensor]
 """(rows of an update, a number in [0, 1) for every entry, sizes) -> what is left of the rows, rescaled."""
 
 
-def sparsified(update: TensorSource, seed: int, change: Change) -> TensorSource:
-    """`change` of every floating tensor, lazily and in whatever rows are asked for; tied tensors go by the name that comes first."""
+def sparsified(update: TensorSource, seed: int, change: Change, sized: bool = True) -> TensorSource:
+    """`change` of every floating tensor, lazily and in whatever rows are asked for; tied tensors go by the name that comes first.
+
+    `sized`: it needs the sizes, for which every tensor is read once more."""
 
     @functools.cache
     def sizes(name: str) -> Sizes:
@@ -75,7 +77,7 @@ def sparsified(update: TensorSource, seed: int, change: Change) -> TensorSource:
         x, first = update[name], update.aliases.get(name, name)
         if not x.is_floating_point():
             return x
-        return change(x, chance(first, x.shape, seed, offset(name, math.prod(x.shape[1:]))), sizes(first))
+        return change(x, chance(first, x.shape, seed, offset(name, math.prod(x.shape[1:]))), sizes(first) if sized else (1.0, 1.0))
 
     return TensorSource(update, read, update.meta, update.aliases)
 
@@ -141,5 +143,5 @@ class Sparsified(VectorMerger):
 
     def update(self, base: Any, tuned: SequenceOf[Any], ctx: Context | None = None) -> TensorSource:
         seed = self.seed if self.seed is not None else ctx.seed if ctx is not None else 0
-        sparse = [sparsified(update, seed_of(seed, i), self.thin) for i, update in enumerate(deltas(base, tuned, self.skip))]
+        sparse = [sparsified(update, seed_of(seed, i), self.thin, self.rescale == "l1" and self.density < 1) for i, update in enumerate(deltas(base, tuned, self.skip))]
         return combined(sparse, self.weights, self.scale, self.agree, self.normalise)
