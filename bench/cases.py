@@ -42,7 +42,7 @@ def dpo(bench: Bench) -> Job:
 
 def grpo(bench: Bench, group: int = 8) -> Job:
     rows = texts.rollouts(texts.Writer(bench.words), 2 if bench.quick else 3, 200, 50, group)
-    return training(bench, "grpo", rows, 1, group=group, answer=50, sequences=group, micro_batch=group)
+    return training(bench, "grpo", rows, 1, group=group, answer=50, sequences=group, micro_batch=group, tokens_per_micro_batch=1024)
 
 
 def options(bench: Bench) -> Job:

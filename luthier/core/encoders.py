@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from luthier.core import unpadded
 from luthier.core.batch import Batch, Sequence
 from luthier.core.families import Family
 from luthier.core.heads import Classifies
@@ -123,19 +124,26 @@ class TextEncoder(Classifies, _Texts):
         return spread(sequences, self._chunked)
 
     def _chunked(self, sequences: SequenceOf[Sequence]) -> Tensor:
-        if torch.is_grad_enabled() or len(sequences) <= CHUNK:
+        packed = not self.is_prompted and unpadded.fits(self.encoder)
+        if not packed and (torch.is_grad_enabled() or len(sequences) <= CHUNK):
             return self._pooled(sequences)
-        order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
-        parts = [self._pooled([sequences[i] for i in order[at : at + CHUNK]]) for at in range(0, len(order), CHUNK)]
-        return torch.cat(parts)[torch.argsort(torch.tensor(order)).to(parts[0].device)]
+        rows = list(unpadded.rows_of(sequences, CHUNK, packed))
+        parts = [(self._packed if packed else self._pooled)([sequences[i] for i in row]) for row in rows]
+        return torch.cat(parts)[torch.from_numpy(np.argsort(np.concatenate(rows))).to(parts[0].device)]
 
     def _pooled(self, sequences: SequenceOf[Sequence]) -> Tensor:
         hidden, real = self.states(sequences)
         return pool(hidden, real, self.pooling)
 
+    def _packed(self, sequences: SequenceOf[Sequence]) -> Tensor:
+        """The same of texts in the order of their lengths, without padding."""
+        groups, inputs = unpadded.inputs(self.encoder, sequences, self.device)
+        hidden = self.enter(lambda: self.encoder(**inputs).last_hidden_state)[0]
+        return torch.cat([pool(part, part.new_ones(part.shape[:2], dtype=torch.bool), self.pooling) for part in groups.parts(hidden)])
+
     def features(self, batch: Batch) -> Tensor:
         """[rows, d] what the classification head sees; without a head the pooled embedding of each row's first text."""
-        return super().features(batch) if self.has_classes else self._pooled(_firsts(batch))
+        return super().features(batch) if self.has_classes else self._chunked(_firsts(batch))
 
     def _logits(self, batch: Batch) -> Tensor:
         return self.network(**self.padded(_firsts(batch))).logits

@@ -70,7 +70,7 @@ def _same_forward(one: Any, other: Any) -> bool:
 
 
 # -- who may take the short path -------------------------------------------------------------------------------------------------
-def _watched() -> bool:
+def watched() -> bool:
     """Somebody replaces or records what tensors do, or asks for derivatives that only the usual path has."""
     return bool(
         torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0 or _get_current_function_mode_stack()
@@ -133,16 +133,16 @@ class Factors(NamedTuple):
         ]
 
 
-def _linear(module: Any) -> bool:
+def plain_linear(module: Any) -> bool:
     """A plain linear layer in which nobody is interested."""
     return type(module) is nn.Linear and not _hooked(module) and type(module.weight) in (nn.Parameter, Tensor)
 
 
 def _factors(module: Any) -> Factors | None:
     """What a linear layer with or without one LoRA adapter computes; None where it does more than that."""
-    if _linear(module):
+    if plain_linear(module):
         return Factors(module.weight, module.bias, None, None, 1.0)
-    if not isinstance(module, _Lora) or _hooked(module) or not _linear(module.base_layer):
+    if not isinstance(module, _Lora) or _hooked(module) or not plain_linear(module.base_layer):
         return None
     base, active = module.base_layer, [name for name in module.active_adapters if name in module.lora_A]
     if bool(module.merged) != bool(module.disable_adapters):  # in the weights already, or switched off
@@ -150,7 +150,7 @@ def _factors(module: Any) -> Factors | None:
     if module.merged or len(active) != 1 or active[0] in module.lora_variant or _drops(module.lora_dropout[active[0]]):
         return None
     a, b = module.lora_A[active[0]], module.lora_B[active[0]]
-    if not (_linear(a) and _linear(b)) or a.bias is not None or b.bias is not None:
+    if not (plain_linear(a) and plain_linear(b)) or a.bias is not None or b.bias is not None:
         return None
     return Factors(base.weight, base.bias, a.weight, b.weight, float(module.scaling[active[0]]))
 
@@ -173,7 +173,7 @@ class _RMSNorm(nn.Module):
     variance_epsilon: float
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        if hidden_states.dtype != torch.float32 or self.weight.dtype != torch.float32 or type(self.weight) is not nn.Parameter or _watched():
+        if hidden_states.dtype != torch.float32 or self.weight.dtype != torch.float32 or type(self.weight) is not nn.Parameter or watched():
             return super().forward(hidden_states)
         return _Norm.apply(hidden_states, self.weight, self.variance_epsilon)
 
@@ -215,7 +215,7 @@ class _Lora(nn.Module):
     merged: Any
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        factors = None if args or kwargs or _watched() else _factors(self)
+        factors = None if args or kwargs or watched() else _factors(self)
         dtype = None if factors is None or factors.a is None else _products_in(x, factors[:4])
         if factors is None or dtype is None:
             return super().forward(x, *args, **kwargs)
@@ -264,7 +264,7 @@ class _Gated(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         parts: list[Factors] = []
-        if not _watched() and type(self.act_fn) in (nn.SiLU, _silu()) and not _hooked(self.act_fn):
+        if not watched() and type(self.act_fn) in (nn.SiLU, _silu()) and not _hooked(self.act_fn):
             found = (_factors(layer) for layer in (self.gate_proj, self.up_proj, self.down_proj))
             parts = [f for f in found if f is not None]
         tensors = [t for part in parts for t in part[:4]]

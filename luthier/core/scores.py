@@ -1,8 +1,7 @@
 """TokenScores: what a language model says about the supervised tokens, without ever holding [tokens x vocabulary] logits.
 
 The body of the network runs once; logits exist only at positions whose next token is supervised, in chunks, in fp32. With
-gradients a chunk is recomputed in the backward pass, except for plain log-probabilities under a frozen linear head, whose
-gradient with respect to the hidden state, W_y - sum_v p_v W_v, is formed while the chunk is at hand.
+gradients a chunk is recomputed in the backward pass. Plain log-probabilities under a linear head need no rows of logits at all (`head_logp`).
 """
 
 from __future__ import annotations
@@ -12,9 +11,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+from luthier.core.head_logp import head_logp
+from luthier.core.lean import plain_linear, watched
 
 CHUNK = 1024
 
@@ -34,10 +35,9 @@ class Head:
         return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
 
     @property
-    def frozen_linear(self) -> bool:
-        """A plain linear projection that does not train."""
-        p = self.projection
-        return type(p) is nn.Linear and self.softcap is None and not any(w.requires_grad for w in p.parameters())
+    def linear(self) -> bool:
+        """A plain linear projection in which nobody is interested."""
+        return self.softcap is None and plain_linear(self.projection) and not watched()
 
 
 class TokenScores:
@@ -88,12 +88,9 @@ class TokenScores:
     def logp(self) -> Tensor:
         """log p of each supervised token."""
         if self._logp is None:
-            if self.head.frozen_linear and self.hidden.requires_grad and torch.is_grad_enabled():
-                weight, bias = self.head.projection.weight, self.head.projection.bias
-                pieces = [
-                    _FrozenHeadLogProb.apply(self.hidden[at], weight, bias, self.target[at], self.head.scale) for at in self.slices()
-                ]
-                self._logp = torch.cat(pieces)
+            if self.head.linear:
+                linear: Any = self.head.projection
+                self._logp = torch.cat([head_logp(self.hidden[at], linear.weight, linear.bias, self.target[at], self.head.scale) for at in self.slices()])
             else:
                 self._logp = self.map(lambda logits, at: log_prob(logits, self.target[at]))
         return self._logp
@@ -121,22 +118,6 @@ class TokenScores:
             return total
         number = torch.bincount(self.sequence, minlength=self.sequences).clamp(min=1)
         return total / number
-
-
-class _FrozenHeadLogProb(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, scale: float) -> Tensor:
-        logits = F.linear(hidden, weight, bias).float() * scale
-        norm = logits.logsumexp(-1)
-        logp = logits.gather(-1, target[:, None])[:, 0] - norm
-        probability = logits.sub_(norm[:, None]).exp_().to(weight.dtype)
-        ctx.save_for_backward((weight[target] - probability @ weight) * scale)
-        return logp
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        (direction,) = ctx.saved_tensors
-        return direction * grads[0][:, None].to(direction.dtype), None, None, None, None
 
 
 def log_prob(logits: Tensor, target: Tensor) -> Tensor:

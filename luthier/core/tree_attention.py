@@ -12,6 +12,7 @@ function registered as "sdpa" finds it. Any other implementation reads the mask 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -118,24 +119,28 @@ def _part(kind: list[tuple[int, np.ndarray]], dtype: torch.dtype) -> tuple[Part,
 def attach(mask: Tensor, forest: TokenForest, width: int) -> Tensor:
     """The mask of a forest, with its tree for those who can use it."""
     tree = Tree.of(forest, mask.dtype, width)
-    if tree is not None:
-        _register()
-        mask.tree = tree.to(mask.device)  # type: ignore[attr-defined]
+    return mask if tree is None else carry(mask, tree.to(mask.device))
+
+
+def carry(mask: Tensor, attention: Callable[[Tensor, Tensor, Tensor, float, float | None], Tensor]) -> Tensor:
+    """A mask that brings along who computes the same attention faster."""
+    _register()
+    mask.attention = attention  # type: ignore[attr-defined]
     return mask
 
 
 @functools.cache
 def _register() -> None:
-    """Every "sdpa" attention of transformers looks for a tree first."""
+    """Every "sdpa" attention of transformers looks first at what its mask carries."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
     usual = ALL_ATTENTION_FUNCTIONS["sdpa"]
 
     @functools.wraps(usual)
     def attention(module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, dropout: float = 0.0, scaling: float | None = None, **more: Any) -> Any:
-        tree = getattr(attention_mask, "tree", None)
-        if tree is None or key.shape[2] != query.shape[2] or any(more.get(k) is not None for k in ("position_bias", "softcap", "cache")):
+        faster = getattr(attention_mask, "attention", None)
+        if faster is None or key.shape[2] != query.shape[2] or any(more.get(k) is not None for k in ("position_bias", "softcap", "cache")):
             return usual(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **more)
-        return tree(query, key, value, dropout, scaling), None
+        return faster(query, key, value, dropout, scaling), None
 
     ALL_ATTENTION_FUNCTIONS["sdpa"] = attention

@@ -49,7 +49,6 @@ def test_values_equal_the_full_softmax(chunk, more):
 @pytest.mark.parametrize("more", [{}, {"bias": True, "scale": 0.3}])
 def test_frozen_and_trainable_heads_give_the_body_the_same_gradient(more):
     frozen, trainable = scores_of(frozen=True, **more), scores_of(**more)
-    assert frozen.head.frozen_linear and not trainable.head.frozen_linear
     weights = torch.randn(11, generator=torch.Generator().manual_seed(1))
     grads = [torch.autograd.grad((s.logp * weights).sum(), s.hidden)[0] for s in (frozen, trainable)]
     logp = F.log_softmax(full(trainable), -1)[torch.arange(11), trainable.target]
@@ -141,7 +140,7 @@ def test_lora_on_the_head_is_scored_with_it():
 
     family = tiny_llama()
     family.network = get_peft_model(family.network, LoraConfig(target_modules=["lm_head", "q_proj"], init_lora_weights=False))
-    assert not family.head.frozen_linear
+    assert not family.head.linear
     ids = np.array([5, 9, 7, 20, 11])
     with torch.no_grad():
         logits = family.network(input_ids=torch.from_numpy(ids)[None]).logits[0, :-1]

@@ -45,7 +45,7 @@ def test_the_numbers_of_separate_rows(always, kv, limit):
     lm, rows = model(kv), sequences(SHARED)
     forest = TokenForest.pack(rows, limit=limit, min_gain=0.0)
     assert forest.shared
-    assert getattr(lm._masks(forest), "tree", None) is not None
+    assert getattr(lm._masks(forest), "attention", None) is not None
     apart, grads = passed(lm, TokenForest.pack(rows, share=False))
     packed, found = passed(lm, forest)
     torch.testing.assert_close(packed, apart, rtol=1e-4, atol=1e-5)
