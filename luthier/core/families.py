@@ -203,7 +203,8 @@ class CausalLM(Family):
     def forest(self, sequences: SequenceOf[Sequence]) -> TokenForest:
         share = self.can_share and not self.is_prompted and not self.dropout_active()
         width = int(getattr(self.config, "hidden_size", None) or 576)
-        return TokenForest.pack(sequences, share=share, limit=self.bin_limit, pad=self.pad_id, dear=max(64, 5 * width // 2))
+        apart = self.config._attn_implementation == "sdpa" and getattr(self.config, "sliding_window", None) is None  # see tree_attention
+        return TokenForest.pack(sequences, share=share, limit=self.bin_limit, pad=self.pad_id, dear=max(64, 10 * width if apart else 5 * width // 2))
 
     @property
     def pad_id(self) -> int:
