@@ -1,7 +1,7 @@
 """Sparse updates and masks: exact top-k over many tensors, index/value updates, and masks on what an optimizer did.
 
 `top_k` and `Cut` select exactly k entries; among equal scores the first by index win. A `Cut` over all tensors is found by counting
-(a radix selection over the scores' bits, two passes), so neither a concatenated vector nor a sort of it ever exists.
+(a radix selection over the scores' bits, two passes) unless they are few, so neither a concatenated vector nor a sort of it ever exists.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from luthier.core.source import TensorSource
@@ -24,6 +26,8 @@ from luthier.errors import ModelError
 SparseDelta = dict[str, tuple[Tensor, Tensor]]
 """An update: for each tensor the flat positions (int64, sorted) and what is added there."""
 CHUNK = 1 << 20
+IN_MEMORY = 1 << 22
+"""So many scores are held at once; of more only counts are."""
 
 
 # which entries ----------------------------------------------------------------------------------------------------------
@@ -50,18 +54,71 @@ class Cut:
             passed = values >= self.threshold
         return passed.reshape(scores.shape)
 
+    def trim(self, name: str, tensor: Tensor) -> Tensor:
+        """A copy of a tensor (or of the rows of it that are being read) in which the entries whose size does not pass are 0."""
+        if tensor.dtype not in (torch.float32, torch.float64) or not 0 < self.threshold < math.inf:
+            return tensor.masked_fill(~self.mask(name, tensor.abs()), 0)
+        kept = F.hardshrink(tensor.contiguous(), self._below(tensor.dtype))  # one pass, where a mask takes five
+        if name in self.equal:
+            left = max(0, self.until[name] - offset(name, math.prod(tensor.shape[1:])))
+            flat = kept.view(-1)[left:]
+            flat[(flat.abs().float() == self.threshold).nonzero()[:, 0]] = 0
+        return kept
+
+    def _below(self, dtype: torch.dtype) -> float:
+        """The largest number of a type that is less than the threshold in fp32."""
+        less = np.nextafter(np.float32(self.threshold), np.float32(0))
+        if dtype == torch.float32:
+            return float(less)
+        middle = (float(less) + self.threshold) / 2
+        return middle if np.float32(middle) < self.threshold else float(np.nextafter(middle, 0.0))
+
 
 def cut(scores: Mapping[str, Tensor], k: int) -> Cut:
     """Find the k largest of all scores (compared in fp32). Tensors are read one by one, three times at most; integer ones are left out."""
     if k <= 0:
         return Cut(float("nan"))
+    known = list(_chunks(scores)) if 0 < _entries(scores) <= IN_MEMORY else None
+    found = _counted(scores, k) if known is None else _sorted(known, k)
+    if isinstance(found, Cut):
+        return found
+    threshold, left = found
+    equal: dict[str, int] = {}
+    until: dict[str, int] = {}
+    seen: dict[str, int] = {}
+    for name, values in _chunks(scores) if known is None else known:
+        start, same = seen.get(name, 0), values == threshold
+        taken = min(left, int(same.sum()))
+        equal[name] = equal.get(name, 0) + taken
+        until[name] = start + int(same.nonzero()[taken - 1, 0]) + 1 if taken else until.get(name, 0)
+        seen[name] = start + len(values)
+        left -= taken
+    return Cut(threshold, equal, until)
+
+
+def _sorted(known: list[tuple[str, Tensor]], k: int) -> Cut | tuple[float, int]:
+    """The cut of scores in memory, or the threshold and how many of those equal to it pass, where not all do."""
+    for name, values in known:
+        if bool(values.sum().isnan()) and bool(values.isnan().any()):  # infinities of both signs add up to NaN as well
+            raise _damaged(name)
+    vector = torch.cat([values for _, values in known]).cpu().numpy()
+    if k >= len(vector):
+        return Cut(float("-inf"))
+    first = len(vector) - k
+    vector.partition(first)
+    left = k - int(np.count_nonzero(vector[first:] > vector[first]))
+    return Cut(float(vector[first])) if left == np.count_nonzero(vector == vector[first]) else (float(vector[first]), left)
+
+
+def _counted(scores: Mapping[str, Tensor], k: int) -> Cut | tuple[float, int]:
+    """The same of any number of scores, by counting the upper and then the lower halves of their bits."""
     high = torch.zeros(1 << 16, dtype=torch.int64)
     for name, values in _chunks(scores):
         keys = (_keys(values) >> 16).add_(1 << 15)
         counts = torch.bincount(keys, minlength=1 << 16).cpu()
         # The bit patterns above infinity's (and below minus infinity's) are NaN.
         if bool(counts[_TOP:].any() or counts[: _BOTTOM + 1].any()) and bool(values.isnan().any()):
-            raise ModelError(f"'{name}' holds NaN, so its entries cannot be ranked; the checkpoint is damaged or its training diverged.")
+            raise _damaged(name)
         high += counts
     if k >= int(high.sum()):
         return Cut(float("-inf"))
@@ -72,19 +129,19 @@ def cut(scores: Mapping[str, Tensor], k: int) -> Cut:
         low += torch.bincount(keys[keys >> 16 == upper - (1 << 15)] & 0xFFFF, minlength=1 << 16).cpu()
     lower, left = _bucket(low, left)
     threshold = _value(((upper - (1 << 15)) << 16) + lower)
-    if left == int(low[lower]):
-        return Cut(threshold)
-    equal: dict[str, int] = {}
-    until: dict[str, int] = {}
-    seen: dict[str, int] = {}
-    for name, values in _chunks(scores):
-        start, same = seen.get(name, 0), values == threshold
-        taken = min(left, int(same.sum()))
-        equal[name] = equal.get(name, 0) + taken
-        until[name] = start + int(same.nonzero()[taken - 1, 0]) + 1 if taken else until.get(name, 0)
-        seen[name] = start + len(values)
-        left -= taken
-    return Cut(threshold, equal, until)
+    return Cut(threshold) if left == int(low[lower]) else (threshold, left)
+
+
+def _damaged(name: str) -> ModelError:
+    return ModelError(f"'{name}' holds NaN, so its entries cannot be ranked; the checkpoint is damaged or its training diverged.")
+
+
+def _entries(scores: Mapping[str, Tensor]) -> int:
+    """How many scores there are, as far as that is known without reading them; 0 where it is not."""
+    if not isinstance(scores, TensorSource):
+        return sum(tensor.numel() for tensor in scores.values())
+    known = [scores.meta(name) for name in scores]
+    return 0 if any(meta is None for meta in known) else sum(math.prod(meta[0]) for meta in known if meta is not None)
 
 
 _TOP, _BOTTOM = 0xFF80, 0x80

@@ -45,7 +45,7 @@ def sparse_in(update: TensorSource, names: Iterable[str], keep: float) -> Tensor
     def change(name: str, x: Tensor) -> Tensor:
         if not x.is_floating_point() or not left_out(name, patterns):
             return x
-        return x.masked_fill(~largest(name).mask(name, x.abs()), 0)
+        return largest(name).trim(name, x)
 
     changed = update.map_named(lambda name, x: change(update.aliases.get(name, name), x))
     return TensorSource(update, changed.__getitem__, update.meta, update.aliases)

@@ -39,14 +39,11 @@ def trimmed_merge(
 ) -> TensorSource:  # fmt: skip
     """The merged update. Thresholds over whole vectors and the majority sign are found when they are first needed."""
     w = weights_of(weights, len(updates))
-    keep = [_trim(update, density, scope) for update in updates]
+    trims = [_trim(update, density, scope) for update in updates]
 
     def trimmed(name: str) -> list[Tensor]:
-        def trim(update: TensorSource, kept: Callable[[str, Tensor], Tensor], weight: float) -> Tensor:
-            x = update[name]  # one untrimmed update at a time
-            return x.masked_fill(~kept(name, x), 0).mul_(weight)
-
-        return [trim(*each) for each in zip(updates, keep, w)]
+        found = (trim(name, update[name]) for trim, update in zip(trims, updates))  # one untrimmed update at a time
+        return [x if weight == 1 else x.mul_(weight) for weight, x in zip(w, found)]
 
     @functools.cache
     def majority() -> float:
@@ -69,7 +66,7 @@ def trimmed_merge(
 
 
 def _trim(update: TensorSource, density: float, scope: str) -> Callable[[str, Tensor], Tensor]:
-    """Which entries of a tensor are among the update's largest: int(density n) of the whole vector or of the tensor."""
+    """A tensor's update with nothing but its largest entries: int(density n) of the whole vector or of the tensor."""
 
     @functools.cache
     def threshold(name: str | None) -> Cut:
@@ -78,10 +75,10 @@ def _trim(update: TensorSource, density: float, scope: str) -> Callable[[str, Te
             least = 0 if name is None or density == 0 else 1  # small tensors keep an entry
             return cut(vector.map(torch.abs, entrywise=True), max(least, int(density * size_of(vector))))
 
-    def keep(name: str, tensor: Tensor) -> Tensor:
-        return threshold(None if scope == "all" else name).mask(update.aliases.get(name, name) if scope == "all" else name, tensor.abs())
+    def trim(name: str, tensor: Tensor) -> Tensor:
+        return threshold(None if scope == "all" else name).trim(update.aliases.get(name, name) if scope == "all" else name, tensor)
 
-    return keep
+    return trim
 
 
 def elected(values: SequenceOf[Tensor], elect: Elect) -> Tensor:
@@ -95,17 +92,20 @@ def elected(values: SequenceOf[Tensor], elect: Elect) -> Tensor:
 def agreeing(values: SequenceOf[Tensor], weights: SequenceOf[float], elect: Elect, combine: Combine, majority: Callable[[], float]) -> Tensor:
     """Merge the models' entries that have the elected sign; entries that balance take the sign most of the vector has."""
     sign = elected(values, elect)
-    balanced = sign == 0
-    if bool(balanced.any()) and any(bool(x[balanced].any()) for x in values):
-        sign = sign.masked_fill(balanced, majority())
+    held = torch.zeros_like(sign)
+    for x in values:
+        held += x.abs()
+    if bool((held.sign_() > sign.abs()).any()):  # something is there, but it balances
+        sign = sign.masked_fill(sign == 0, majority())
     total, share = torch.zeros_like(sign), torch.zeros_like(sign)
     for weight, x in zip(weights, values):
-        agrees = (x * sign) > 0
-        kept = x.masked_fill(~agrees, 0)
-        total = torch.where(kept.abs() > total.abs(), kept, total) if combine == "max" else total.add_(kept)
+        along = (x * sign).clamp_(min=0)  # what agrees, made positive
+        total = torch.maximum(total, along) if combine == "max" else total.add_(along)
         if combine == "mean":
-            share += agrees * abs(weight)
-    return total.div_(share.masked_fill_(share == 0, 1)) if combine == "mean" else total
+            share.add_(along.sign_(), alpha=abs(weight))
+    if combine == "mean":
+        total.div_(share.masked_fill_(share == 0, 1))
+    return total.mul_(sign)
 
 
 @register("ties")

@@ -1,4 +1,5 @@
 import math
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 
 from luthier.core import linalg, sparse
 from luthier.core.linalg import UpdateFilter, top_k
+from luthier.core.windows import window
 from luthier.errors import ModelError
 
 
@@ -116,11 +118,13 @@ def brute(scores, k, first=0):
 small = st.lists(st.sampled_from([-2.0, -1.0, -0.5, -0.0, 0.0, 1e-40, 0.5, 1.0, 3.0, float("inf")]), min_size=1, max_size=9)
 
 
+@pytest.mark.parametrize("in_memory", [0, sparse.IN_MEMORY])
 @settings(max_examples=150, deadline=None)
 @given(st.lists(small, min_size=1, max_size=4), st.integers(0, 40), st.integers(0, 6))
-def test_top_k_over_all_tensors_is_exact_with_ties_by_index(parts, k, first):
+def test_top_k_over_all_tensors_is_exact_with_ties_by_index(in_memory, parts, k, first):
     scores = {f"t{i}": torch.tensor(p) for i, p in enumerate(parts)}
-    found = top_k(scores, k, band=first)
+    with mock.patch.object(sparse, "IN_MEMORY", in_memory):
+        found = top_k(scores, k, band=first)
     assert {n: i.tolist() for n, i in found.items()} == brute(scores, k, first)
     assert all(i.dtype == torch.int64 for i in found.values())
 
@@ -147,12 +151,30 @@ def test_top_k_with_shares_short_rows_and_many_chunks(monkeypatch):
     assert {n: i.tolist() for n, i in whole.items()} == brute(scores, 400)
 
 
-def test_top_k_refuses_nan_but_not_infinity():
+@pytest.mark.parametrize("in_memory", [0, sparse.IN_MEMORY])
+def test_top_k_refuses_nan_but_not_infinity(in_memory, monkeypatch):
+    monkeypatch.setattr(sparse, "IN_MEMORY", in_memory)
     with pytest.raises(ModelError, match="'b' holds NaN"):
         top_k({"a": torch.ones(2), "b": torch.tensor([1.0, math.nan])}, 1)
     assert top_k({"a": torch.tensor([1.0, math.inf, -math.inf])}, 1)["a"].tolist() == [1]
     with pytest.raises(ValueError, match="scope"):
         top_k({"a": torch.ones(2)}, 1, "rows")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("near", [True, False])
+def test_trim_keeps_what_the_mask_lets_pass(dtype, near):
+    """Also where sizes differ by less than fp32 can tell, and where some that are equal must go."""
+    x = randn(40, 5).to(dtype)
+    if near:
+        x = (1.5 + torch.arange(-100, 100).reshape(40, 5) * 2.0**-26).to(dtype) * randn(40, 5).sign().to(dtype)
+    for k in (0, 1, 37, 100, 199, 200):
+        found = sparse.cut({"x": x.abs()}, k)
+        kept = found.trim("x", x)
+        assert torch.equal(kept, x.masked_fill(~found.mask("x", x.abs()), 0))
+        assert kept.dtype == dtype and int((kept != 0).sum()) == k
+        with window("x", 8, 24):
+            assert torch.equal(found.trim("x", x[8:24]), kept[8:24])
 
 
 # sparse updates ---------------------------------------------------------------------------------------------------------

@@ -67,6 +67,7 @@ class Largest(TorchDispatchMode):
 @pytest.mark.parametrize("merger", [Ties(), Ties(scope="tensor"), TaskArithmetic(), Linear(), Breadcrumbs(), StragglerSparsify(stragglers=["w"]), DareTies(), Della(), ModelStock(), ModelStock(filter_wise=True)], ids=lambda m: m.name)
 def test_no_operation_makes_a_large_tensor(merger, tmp_path, monkeypatch):
     monkeypatch.setattr(sparse, "CHUNK", BLOCK)
+    monkeypatch.setattr(sparse, "IN_MEMORY", BLOCK)
     shape = (2 * BLOCK // 1024 + 3, 1024)
     base, tuned = {"w": torch.zeros(shape)}, [{"w": torch.randn(shape)} for _ in range(2)]
     result = TensorSource.of(merger.merge(base, tuned))
