@@ -25,7 +25,7 @@ from luthier.core.tree_attention import carry
 
 FIRST = {"bert": False, "albert": False, "distilbert": False, "electra": False, "roberta": True, "xlm-roberta": True, "camembert": True}
 """The architectures, and whether positions begin behind the padding id."""
-TOKENS = 4096
+TOKENS = 2048
 """The most tokens in a row: the mask for those who read it has their square."""
 ORIGINS = ("torch.nn.modules.", "transformers.models.", "transformers.activations", "peft.tuners.")
 
