@@ -125,8 +125,8 @@ class TextEncoder(Classifies, _Texts):
 
     def _chunked(self, sequences: SequenceOf[Sequence]) -> Tensor:
         packed = not self.is_prompted and unpadded.fits(self.encoder)
-        if not packed and (torch.is_grad_enabled() or len(sequences) <= CHUNK):
-            return self._pooled(sequences)
+        if not packed and (torch.is_grad_enabled() or self.dropout_active() or len(sequences) <= CHUNK):
+            return self._pooled(sequences)  # dropout falls alike with a gradient and without one
         rows = list(unpadded.rows_of(sequences, CHUNK, packed))
         parts = [(self._packed if packed else self._pooled)([sequences[i] for i in row]) for row in rows]
         return torch.cat(parts)[torch.from_numpy(np.argsort(np.concatenate(rows))).to(parts[0].device)]

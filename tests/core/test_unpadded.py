@@ -67,6 +67,19 @@ def test_positions_that_attention_counts_itself_are_left_padded():
         torch.testing.assert_close(vector, model.embed([text])[0], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["bert", "mpnet"])
+def test_dropout_falls_alike_with_a_gradient_and_without(kind):
+    """Cached gradients embed everything twice and replay what chance drew."""
+    model = family(KINDS[kind])
+    model.network.train()
+    found = []
+    for grad in (True, False):
+        torch.manual_seed(3)
+        with torch.set_grad_enabled(grad):
+            found.append(model.embed(TEXTS * 20).detach())
+    assert torch.equal(*found) and not torch.equal(found[0][:6], found[0][6:12])
+
+
 def test_who_looks_on_sees_the_padded_batch():
     model, seen = tiny_bert(), []
     model.embed(TEXTS)
