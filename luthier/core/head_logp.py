@@ -2,18 +2,21 @@
 
 The logits of a block live only until their largest value, the sum of their exponentials and the exponentials' mean of the head's rows are
 known; what was summed before shrinks when a larger logit comes (as attention does it over keys). So [tokens x vocabulary] never
-exists, and what does stays in the processor's cache: twice as fast as whole rows of logits. Under a frozen head the gradient of the
+exists, and what does stays in the processor's cache. Under a frozen head the gradient of the
 hidden states, W_y - sum_v p_v W_v, is at hand after the forward pass; where the head trains, the backward pass makes each block anew.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from luthier.core.lean import again
 
 BLOCK = 4096
 """Rows of the head at a time."""
@@ -55,7 +58,8 @@ class _HeadLogProb(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         (grad,), (hidden, weight, bias, target, norm, direction) = grads, ctx.saved_tensors
         if torch.is_grad_enabled():
-            return *_again(ctx, hidden, weight, bias, target, grad), None, None, None
+            usual = functools.partial(_usual, ctx.scale, ctx.dtype, target)
+            return *again(ctx, (hidden, weight, bias), usual, grad), None, None, None
         if direction is not None:
             return direction * grad[:, None].to(direction.dtype), None, None, None, None, None
         of_hidden, of_weight, of_bias = ctx.needs_input_grad[:3]
@@ -93,11 +97,7 @@ def _places(target: Tensor, start: int, size: int) -> tuple[Tensor, Tensor]:
     return at.clamp(0, size - 1), (at >= 0) & (at < size)
 
 
-def _again(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """Gradients that have gradients themselves: through whole rows of logits."""
-    logits = F.linear(hidden.to(ctx.dtype), weight.to(ctx.dtype), None if bias is None else bias.to(ctx.dtype)).float() * ctx.scale
-    logp = logits.gather(1, target[:, None])[:, 0] - logits.logsumexp(-1)
-    inputs = (hidden, weight, bias)
-    wanted = [t for t, need in zip(inputs, ctx.needs_input_grad) if need and t is not None]
-    found = iter(torch.autograd.grad(logp, wanted, grad, create_graph=True))
-    return tuple(next(found) if need and t is not None else None for t, need in zip(inputs, ctx.needs_input_grad))
+def _usual(scale: float, dtype: torch.dtype, target: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The same through whole rows of logits."""
+    logits = F.linear(hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)).float() * scale
+    return logits.gather(1, target[:, None])[:, 0] - logits.logsumexp(-1)

@@ -91,7 +91,7 @@ _CAST = {torch.float32, torch.bfloat16, torch.float16}
 """What autocast casts."""
 
 
-def _hooked(module: nn.Module) -> bool:
+def hooked(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
 
 
@@ -135,14 +135,14 @@ class Factors(NamedTuple):
 
 def plain_linear(module: Any) -> bool:
     """A plain linear layer in which nobody is interested."""
-    return type(module) is nn.Linear and not _hooked(module) and type(module.weight) in (nn.Parameter, Tensor)
+    return type(module) is nn.Linear and not hooked(module) and type(module.weight) in (nn.Parameter, Tensor)
 
 
 def _factors(module: Any) -> Factors | None:
     """What a linear layer with or without one LoRA adapter computes; None where it does more than that."""
     if plain_linear(module):
         return Factors(module.weight, module.bias, None, None, 1.0)
-    if not isinstance(module, _Lora) or _hooked(module) or not plain_linear(module.base_layer):
+    if not isinstance(module, _Lora) or hooked(module) or not plain_linear(module.base_layer):
         return None
     base, active = module.base_layer, [name for name in module.active_adapters if name in module.lora_A]
     if bool(module.merged) != bool(module.disable_adapters):  # in the weights already, or switched off
@@ -157,10 +157,10 @@ def _factors(module: Any) -> Factors | None:
 
 def _drops(module: nn.Module) -> bool:
     """Whether a dropout module does anything."""
-    return _hooked(module) or not (isinstance(module, nn.Identity) or (type(module) is nn.Dropout and (module.p == 0 or not module.training)))
+    return hooked(module) or not (isinstance(module, nn.Identity) or (type(module) is nn.Dropout and (module.p == 0 or not module.training)))
 
 
-def _again(ctx: Any, inputs: Sequence[Any], usual: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def again(ctx: Any, inputs: Sequence[Any], usual: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     """Gradients that have gradients themselves: through the usual operations, made once more."""
     wanted = [t for t, need in zip(inputs, ctx.needs_input_grad) if need and t is not None]
     found = iter(torch.autograd.grad(usual(*inputs).to(grad.dtype), wanted, grad, create_graph=True))
@@ -192,7 +192,7 @@ class _Norm(torch.autograd.Function):
         (grad,), (x, weight, scale) = grads, ctx.saved_tensors
         if torch.is_grad_enabled():
             eps = ctx.eps
-            return *_again(ctx, (x, weight), lambda x, w: w * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)), grad), None
+            return *again(ctx, (x, weight), lambda x, w: w * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)), grad), None
         of_x, of_weight = ctx.needs_input_grad[:2]
         back = None
         if of_x:
@@ -237,7 +237,7 @@ class _LowRank(torch.autograd.Function):
         factors = Factors._make((*parts, ctx.scale))
         if torch.is_grad_enabled():
             scale, dtype = ctx.scale, ctx.dtype
-            return *_again(ctx, (x, *parts), lambda x, *parts: _usual(x, Factors._make((*parts, scale)), dtype), grad), None, None
+            return *again(ctx, (x, *parts), lambda x, *parts: _usual(x, Factors._make((*parts, scale)), dtype), grad), None, None
         flat = x.reshape(-1, x.shape[-1]).to(ctx.dtype)
         back, rest = factors.to(ctx.dtype).backward(grad.reshape(-1, grad.shape[-1]), flat, inner, ctx.needs_input_grad[:5])
         return *_like([x, *parts], [back, *rest]), None, None
@@ -264,7 +264,7 @@ class _Gated(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         parts: list[Factors] = []
-        if not watched() and type(self.act_fn) in (nn.SiLU, _silu()) and not _hooked(self.act_fn):
+        if not watched() and type(self.act_fn) in (nn.SiLU, _silu()) and not hooked(self.act_fn):
             found = (_factors(layer) for layer in (self.gate_proj, self.up_proj, self.down_proj))
             parts = [f for f in found if f is not None]
         tensors = [t for part in parts for t in part[:4]]
@@ -295,7 +295,7 @@ class _GatedLinear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         (grad,), saved = grads, ctx.saved_tensors  # once: a checkpoint gives them out one time
         if torch.is_grad_enabled():
-            return *_again(ctx, saved[:13], functools.partial(_usual_gated, ctx.scales, ctx.dtype), grad), None, None
+            return *again(ctx, saved[:13], functools.partial(_usual_gated, ctx.scales, ctx.dtype), grad), None, None
         x, given, (g, u, g_inner, u_inner, d_inner) = saved[0], saved[1:13], saved[13:]
         gate, up, down = _three(given, ctx.scales)
         of_x, need = ctx.needs_input_grad[0], ctx.needs_input_grad[1:13]

@@ -1,7 +1,7 @@
 """Texts through a bidirectional encoder one after the other, without padding.
 
 All layers of such an encoder but attention work on tokens alone, so texts of unequal length can stand in one row, each with its own positions;
-attention takes texts of equal length together, which need no mask. A batch of real texts has a third of padding and more: that much is
+attention takes texts of equal length together, which need no mask. What would be padding is
 not computed. Only architectures are served that say by `position_ids` where a token stands and nowhere else, and only where nobody
 looks on: hooks and layers of other kinds get the padded batch that they expect.
 """
@@ -18,9 +18,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules import module as modules
 
 from luthier.core.batch import Sequence
+from luthier.core.lean import hooked, watched
 from luthier.core.tree_attention import carry
 
 FIRST = {"bert": False, "albert": False, "distilbert": False, "electra": False, "roberta": True, "xlm-roberta": True, "camembert": True}
@@ -63,13 +63,12 @@ def fits(encoder: nn.Module) -> bool:
         next(encoder.parameters()).device.type == "cpu"  # elsewhere every group's own kernel would cost more than padding does
         and config.model_type in FIRST and config._attn_implementation == "sdpa" and not getattr(config, "is_decoder", False)
         and getattr(config, "position_embedding_type", "absolute") in ("absolute", None)
-        and not (modules._global_forward_hooks or modules._global_forward_pre_hooks)
-        and all(_plain(module) for module in encoder.modules())
+        and not watched() and all(_plain(module) for module in encoder.modules())
     )  # fmt: skip
 
 
 def _plain(module: nn.Module) -> bool:
-    return type(module).__module__.startswith(ORIGINS) and "forward" not in vars(module) and not (module._forward_hooks or module._forward_pre_hooks)
+    return type(module).__module__.startswith(ORIGINS) and "forward" not in vars(module) and not hooked(module)
 
 
 def rows_of(sequences: SequenceOf[Sequence], most: int, packed: bool = True) -> Iterator[list[int]]:
