@@ -246,7 +246,7 @@ class Engine:
                     batch = plugin.prepare(batch, self.ctx)
             whole = any(o.whole_batch for o, _ in objectives)
             tokens = None if whole else self.train.tokens_per_micro_batch
-            made += [Micro(objectives, part, number) for part in batch.split(tokens, objectives[0][0].together)]
+            made += [Micro(objectives, part, number) for part in batch.split(tokens, objectives[0][0].together, self.model.shares)]
         return made
 
     def _learned(self, micro: list[Micro]) -> Learned:

@@ -153,6 +153,11 @@ class Family:
         way = getattr(self.network, "enter", None)
         return forward() if way is None else way(forward)
 
+    @property
+    def shares(self) -> bool:
+        """Whether tokens that several sequences begin with are computed once, as things are."""
+        return False
+
     def dropout_active(self) -> bool:
         return any(m.training and m.p > 0 for m in self.network.modules() if isinstance(m, nn.Dropout))
 
@@ -174,11 +179,14 @@ class CausalLM(Family):
         super().__init__(network, processor, source)
         self.can_share = can_share
         """Whether rows that share a prefix may share its tokens; decided by `core.models.probe` at load time."""
-        self.bin_limit = 512
 
     @property
     def tokenizer(self) -> Any:
         return self.processor
+
+    @property
+    def shares(self) -> bool:
+        return self.can_share and not self.is_prompted and not self.dropout_active()
 
     @property
     def decoder(self) -> Any:
@@ -201,10 +209,10 @@ class CausalLM(Family):
         return Head(self.base_network.get_output_embeddings(), scale, getattr(config, "final_logit_softcapping", None))
 
     def forest(self, sequences: SequenceOf[Sequence]) -> TokenForest:
-        share = self.can_share and not self.is_prompted and not self.dropout_active()
         width = int(getattr(self.config, "hidden_size", None) or 576)
         apart = self.config._attn_implementation == "sdpa" and getattr(self.config, "sliding_window", None) is None  # see tree_attention
-        return TokenForest.pack(sequences, share=share, limit=self.bin_limit, pad=self.pad_id, dear=max(64, 10 * width if apart else 5 * width // 2))
+        limit, dear = (2048, 10 * width) if apart else (512, 5 * width // 2)
+        return TokenForest.pack(sequences, share=self.shares, limit=limit, pad=self.pad_id, dear=max(64, dear))
 
     @property
     def pad_id(self) -> int:

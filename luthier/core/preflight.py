@@ -296,6 +296,6 @@ def _computed_share(family: Family, rows: Rows, train: Any, train_on: str) -> fl
     if not hasattr(family, "forest"):
         return 1.0
     batch = family.collate([rows[i] for i in range(min(len(rows), train.batch))], train_on=train_on)
-    parts = batch.split(train.tokens_per_micro_batch)
+    parts = batch.split(train.tokens_per_micro_batch, share=family.shares)
     total = sum(len(s) for s in batch.sequences)
     return 1 - sum(family.forest(p.sequences).shared for p in parts if p.sequences) / total if total else 1.0

@@ -134,7 +134,7 @@ def _micro_batches(family: Any, rows: Rows, ctx: Context) -> Iterator[Batch]:
     """Batches of like lengths within a token budget; `ids` are positions among the rows."""
     for start in range(0, len(rows), WINDOW):
         at = np.arange(start, min(len(rows), start + WINDOW))
-        yield from family.collate([rows[int(i)] for i in at], at, train_on=ctx.train_on).split(TOKENS)
+        yield from family.collate([rows[int(i)] for i in at], at, train_on=ctx.train_on).split(TOKENS, share=family.shares)
 
 
 # -- one number a row ---------------------------------------------------------------------------------------------------------------------

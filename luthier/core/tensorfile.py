@@ -10,7 +10,9 @@ import json
 import math
 import os
 import shutil
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,10 @@ DTYPES = {
     "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
     "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64, "BOOL": torch.bool,
 }  # fmt: skip
+BEHIND = 1 << 24
+"""So many bytes may wait to be written while the next tensor is computed; a larger tensor is waited for."""
+SYNC = 1 << 26
+"""After so many bytes the system is asked to put them on the disk."""
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 
@@ -115,6 +121,9 @@ class _Writer:
         self.room = -(-room // 8) * 8
         self.file = path.open("wb")
         self.file.write(b" " * (8 + self.room))
+        self.behind = ThreadPoolExecutor(1, "tensorfile")
+        self.pending: deque[tuple[int, Future[None]]] = deque()
+        self.unsynced = 0
 
     def add(self, name: str, first: Tensor, others: Iterable[Tensor] = ()) -> None:
         """Append a tensor: `first` alone, or its first rows and then the others block by block."""
@@ -130,17 +139,39 @@ class _Writer:
 
     def _append(self, tensor: Tensor) -> None:
         tensor = tensor.detach().to("cpu").contiguous()
-        if tensor.numel():
-            self.file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
-        self.size += tensor.numel() * tensor.element_size()
+        size = tensor.numel() * tensor.element_size()
+        if size:
+            self.pending.append((size, self.behind.submit(self._write, tensor)))
+        del tensor
+        self._wait(BEHIND)
+        self.size += size
+
+    def _write(self, tensor: Tensor) -> None:
+        """In a thread of its own, so that the next tensor is computed meanwhile; what is written goes to the disk early, not all at the end."""
+        self.unsynced += self.file.write(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        if self.unsynced >= SYNC:
+            self.file.flush()
+            os.fsync(self.file.fileno())
+            self.unsynced = 0
+
+    def _wait(self, most: int) -> None:
+        """Until no more than so many bytes are left to be written; an error of the disk is raised here."""
+        while self.pending and sum(size for size, _ in self.pending) > most:
+            self.pending.popleft()[1].result()
+
+    def abandon(self) -> None:
+        """Close the file as it is, if it is still open."""
+        self.behind.shutdown(cancel_futures=True)
+        self.file.close()
 
     def close(self) -> None:
+        self._wait(0)
         header = json.dumps({"__metadata__": self.metadata, **self.entries}, separators=(",", ":")).encode()
         self.file.seek(0)
         self.file.write(self.room.to_bytes(8, "little") + header.ljust(self.room))
         self.file.flush()
         os.fsync(self.file.fileno())
-        self.file.close()
+        self.abandon()
 
     def finished(self) -> _Shard:
         """Close the file and take `.writing` off its name."""
@@ -174,7 +205,7 @@ def write_file(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str,
         writer.close()
         os.replace(partial, path)
     finally:
-        writer.file.close()
+        writer.abandon()
         partial.unlink(missing_ok=True)
 
 
@@ -214,7 +245,7 @@ def write_folder(
         return files
     finally:
         if writer is not None:
-            writer.file.close()
+            writer.abandon()
         if not identity:
             shutil.rmtree(partial, ignore_errors=True)
 

@@ -274,3 +274,28 @@ def test_micro_batches_are_few_full_and_even(widths, tokens):
         full.append(n)
     assert len(parts) == greedy  # no more than one after the other would make
     assert [len(part) for part in batch_of([130] * 4).split(512)] == [2, 2]
+
+
+def test_what_rows_share_counts_once_in_micro_batches():
+    prompts = [np.arange(200), np.arange(1000, 1100)]
+    answers = [np.concatenate([prompts[i % 2], np.full(50, 5000 + i)]) for i in range(8)]
+    batch = Batch([{} for _ in answers], np.arange(8), [Sequence(ids, np.ones(len(ids), bool), row=i) for i, ids in enumerate(answers)])
+    assert [len(part) for part in batch.split(700)] == [4, 2, 2]
+    parts = batch.split(700, share=True)  # the short prompt with four answers has 300 tokens, the long one 400
+    assert [part.ids.tolist() for part in parts] == [[1, 3, 5, 7], [0, 2, 4, 6]]
+    assert [TokenForest.pack(part.sequences).ids.shape[1] for part in parts] == [300, 400]
+    together = batch.split(500, lambda b: [[0, 1], [2, 3], [4, 5], [6, 7]], share=True)
+    assert sorted(i for part in together for i in part.ids.tolist()) == list(range(8))
+    assert all(i ^ 1 in part.ids.tolist() for part in together for i in part.ids.tolist())
+
+
+@given(rows=st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=12), min_size=1, max_size=16), tokens=st.integers(1, 80))
+@settings(deadline=None)
+def test_shared_micro_batches_hold_every_row_once_and_fit(rows, tokens):
+    sequences = [Sequence(np.array(ids), np.ones(len(ids), bool), row=i) for i, ids in enumerate(rows)]
+    parts = Batch([{} for _ in rows], np.arange(len(rows)), sequences).split(tokens, share=True)
+    assert sorted(i for part in parts for i in part.ids.tolist()) == list(range(len(rows)))
+    for part in parts:
+        distinct = len({tuple(s.ids[: n + 1]) for s in part.sequences for n in range(len(s))})
+        padding = max(len(s) for s in part.sequences) * len(part) - sum(len(s) for s in part.sequences)
+        assert distinct + padding <= tokens or len(part) == 1
