@@ -3,7 +3,7 @@
 A bin of a forest needs a mask over all pairs of its tokens, though a token sees only those of its own sequences. So the bin is taken
 apart for the attention alone: each sequence's own tokens (all but those that an earlier one has computed) look at the whole path up to
 them. Sequences that begin a bin are plain causal rows; the others bring a mask of their own tokens by their paths. Keys and values of
-shared tokens are copied for it; everything else in the layer is still computed once.
+shared tokens are copied for it (on a CPU not even that, see `prefix_attention`); everything else in the layer is still computed once.
 
 transformers hands every layer the attention mask as it was given, so the mask carries the tree: `attach` puts it there, and the
 function registered as "sdpa" finds it. Any other implementation reads the mask itself, which says the same.
@@ -20,6 +20,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from luthier.core.prefix_attention import SharedPrefixes, possible
 
 if TYPE_CHECKING:
     from luthier.core.batch import TokenForest
@@ -47,6 +49,8 @@ class Tree:
     parts: list[Part]
     place: Tensor
     """For each flat position in the bins where the parts' outputs, one after the other, hold its output. Padding points anywhere."""
+    prefixes: SharedPrefixes | None = None
+    """The same without copies or masks, where that is possible."""
 
     @classmethod
     def of(cls, forest: TokenForest, dtype: torch.dtype, width: int) -> Tree | None:
@@ -74,7 +78,7 @@ class Tree:
             rows, columns = np.nonzero(own)
             place[part.queries.numpy()[rows, columns]] = start + rows * own.shape[1] + columns
             start += own.size
-        return cls(parts, torch.from_numpy(place))
+        return cls(parts, torch.from_numpy(place), SharedPrefixes.of(roots, branches))
 
     def to(self, device: torch.device) -> Tree:
         if device.type == "cpu":
@@ -84,6 +88,8 @@ class Tree:
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, dropout: float, scale: float | None) -> Tensor:
         """[bins, heads, length, d] each, keys and values of fewer heads perhaps, to [bins, length, heads, d]."""
+        if self.prefixes is not None and possible(query, key, value, dropout):
+            return self.prefixes(query, key, value, scale)
         (bins, heads, length, _), d = query.shape, value.shape[-1]
         rows = [t.transpose(1, 2).flatten(0, 1).flatten(1) for t in (query, key, value)]
         found = []

@@ -11,7 +11,7 @@ import transformers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from luthier.core import tree_attention
+from luthier.core import prefix_attention, tree_attention
 from luthier.core.batch import Batch, Sequence, TokenForest
 from luthier.core.families import CausalLM
 from tests.helpers import tiny_tokenizer
@@ -34,10 +34,11 @@ ARCHITECTURES = {
 }
 
 
-@pytest.fixture(autouse=True, scope="module", params=["whole bins", "by parts"])
+@pytest.fixture(autouse=True, scope="module", params=["whole bins", "by parts", "in place"])
 def layout(request):
-    """Under one mask over a bin, as small ones are, and taken apart, as large ones."""
+    """Under one mask over a bin, as small ones are, and taken apart, as large ones; keys of beginnings copied, or read where they are."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prefix_attention, "CALL", 0 if request.param == "in place" else 10**12)
         patch.setattr(tree_attention, "WORTH", 10**12 if request.param == "whole bins" else -(10**12))
         yield
 

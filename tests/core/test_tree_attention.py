@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from luthier.core import tree_attention
+from luthier.core import prefix_attention, tree_attention
 from luthier.core.batch import Sequence, TokenForest
 from luthier.core.families import CausalLM
 
@@ -18,9 +18,11 @@ def sequences(ids: list[list[int]]) -> list[Sequence]:
     return [Sequence(np.array(i), np.arange(len(i)) > 0) for i in ids]
 
 
-@pytest.fixture
-def always(monkeypatch):
+@pytest.fixture(params=["copied", "in place"])
+def always(request, monkeypatch):
+    """Every bin taken apart; keys and values of beginnings copied to each sequence behind them, or read where they are."""
     monkeypatch.setattr(tree_attention, "WORTH", -(10**9))
+    monkeypatch.setattr(prefix_attention, "CALL", 0 if request.param == "in place" else 10**9)
 
 
 def model(kv: int = 2) -> CausalLM:
@@ -73,6 +75,54 @@ def test_every_token_asks_once_and_nothing_of_other_paths(always):
                 assert keys == (whole[at // length, at % length].nonzero().flatten() + at // length * length).tolist()
         start += part.queries.numel()
     assert sorted(asked) == sorted({int(p) + b * length for b, path in forest.slots for p in path})
+
+
+@pytest.mark.parametrize("mode", ["dropout", "other kernels", "function mode", "second derivatives"])
+def test_copies_where_the_kernel_may_not_be_called_by_hand(mode, monkeypatch):
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.overrides import TorchFunctionMode
+
+    monkeypatch.setattr(tree_attention, "WORTH", -(10**9))
+    monkeypatch.setattr(prefix_attention, "CALL", 0)
+    tree = tree_attention.Tree.of(TokenForest.pack(sequences(SHARED[:5]), min_gain=0.0), torch.float32, 16)
+    assert tree.prefixes is not None
+    length = len(tree.place)
+    q, k, v = (torch.randn(1, heads, length, 8, requires_grad=True) for heads in (4, 2, 2))
+    usual = tree(q, k, v, 0.0, None)
+    monkeypatch.setattr(tree, "prefixes", lambda *_: pytest.fail("it was called by hand"))
+    if mode == "dropout":
+        assert tree(q, k, v, 0.5, None).shape == usual.shape
+    elif mode == "function mode":
+
+        class Looks(TorchFunctionMode):
+            def __torch_function__(self, func, types, args=(), kwargs=None):
+                return func(*args, **(kwargs or {}))
+
+        with Looks():
+            torch.testing.assert_close(tree(q, k, v, 0.0, None), usual)
+    else:
+        with sdpa_kernel(SDPBackend.MATH):
+            again = tree(q, k, v, 0.0, None)
+            torch.testing.assert_close(again, usual)
+            (first,) = torch.autograd.grad(again.square().sum(), q, create_graph=True)
+            assert first.sum().requires_grad
+
+
+def test_joined_parts_in_half_precision_and_with_a_scale(monkeypatch):
+    monkeypatch.setattr(prefix_attention, "CALL", 0)
+    monkeypatch.setattr(tree_attention, "WORTH", -(10**9))
+    forest = TokenForest.pack(sequences(SHARED), min_gain=0.0, limit=16)
+    tree, whole = tree_attention.Tree.of(forest, torch.float32, 16), forest.allowed()
+    bins, length = forest.ids.shape
+    real = torch.from_numpy(forest.nodes >= 0)
+    for dtype, near in ((torch.float64, 1e-9), (torch.float32, 1e-5), (torch.bfloat16, 4e-2)):
+        q, k, v = (torch.randn(bins, length, 4, 8, dtype=dtype).transpose(1, 2).requires_grad_() for _ in range(3))
+        expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=whole, scale=0.3).transpose(1, 2)
+        found = tree.prefixes(q, k, v, 0.3)
+        torch.testing.assert_close(found[real], expected[real], rtol=near, atol=near)
+        weight = torch.randn_like(found) * real[..., None, None]
+        for a, b in zip(*(torch.autograd.grad((o * weight).sum(), (q, k, v)) for o in (found, expected))):
+            torch.testing.assert_close(a, b, rtol=near, atol=near)
 
 
 def test_under_gradient_checkpoints(always):
