@@ -1,4 +1,6 @@
 import json
+import sys
+import threading
 
 import pytest
 import torch
@@ -144,6 +146,28 @@ def test_a_failed_save_leaves_what_was_there(tmp_path):
             TensorSource(["a", "b"], broken).save(target)
         assert [p.name for p in tmp_path.iterdir()] == ["model.safetensors"]
         assert torch.equal(TensorSource.of(tmp_path)["w"], torch.ones(3))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no limit on the size of files")
+@pytest.mark.parametrize("where", ["model.safetensors", "folder"])
+@pytest.mark.parametrize("size", [1 << 10, 1 << 22])
+def test_a_file_that_cannot_grow_ends_the_save(tmp_path, where, size):
+    """The writer works behind whoever computes, and its errors reach the caller all the same, with small tensors and large ones."""
+    import resource
+
+    computed = []
+    source = TensorSource(map(str, range((1 << 25) // size)), lambda name: computed.append(name) or torch.ones(size), lambda _: ((size,), torch.float32))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            source.save(tmp_path / where)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert len(computed) < len(source)  # it stops soon, not at the end
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("tensorfile")]
+    assert not list(tmp_path.rglob("*.safetensors"))
+    source.save(tmp_path / where)
 
 
 def test_a_source_can_be_saved_over_what_it_reads(tmp_path):
