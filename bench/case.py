@@ -117,6 +117,8 @@ class Row:
     goal: dict[str, float | None] = field(default_factory=dict)
     settings: str = ""
     rest: str = ""
+    parts: dict[str, float] = field(default_factory=dict)
+    """Where the time of one step of ours goes, see `bench.parts`."""
     about: str = ""
     failed: str = ""
     """Why there is no measurement."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bench.parts import Parts
 from bench.worker import Job, Memory, main, matmul_rate, timed
 from luthier.core.models import load
 
@@ -21,7 +22,11 @@ def score(job: Job) -> Job:
 
     with Memory() as memory:
         seconds = timed(run, job["warmup"], job["steps"], matmul_rate)
-    return {**seconds, "check": found, "extra_bytes": memory.extra, "flops_per_second": seconds["between"]}
+    parts, check = Parts(), list(found)
+    parts.start()
+    run()
+    parts.stop()
+    return {**seconds, "check": check, "extra_bytes": memory.extra, "flops_per_second": seconds["between"], "parts": parts.found}
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from bench.parts import Parts
 from bench.worker import Clock, Job, Memory, main, matmul_rate, start_adapter, without_dropout
 from luthier.adapt.full import Full
 from luthier.adapt.lora import Lora
@@ -35,21 +36,30 @@ class InOrder(Selector):
 
 
 class Watch(Plugin):
-    """Sets the adapter's start and notes each step's end, loss and gradient."""
+    """Sets the adapter's start, notes each step's end, loss and gradient, and then looks closely at the first batch once more."""
 
     axis, name = "measure", "watch"
 
-    def __init__(self, warmup: int) -> None:
-        self.clock = Clock(warmup, matmul_rate)
+    memory: Memory
+
+    def __init__(self, steps: int, warmup: int) -> None:
+        self.clock, self.steps = Clock(warmup, matmul_rate), steps
         self.seen: list[float] = []
+        self.parts, self.extra = Parts(), 0
 
     def attach(self, model: Any, ctx: Context) -> None:
         start_adapter(model.network)
         without_dropout(model.network)
 
     def after_step(self, step: Any, ctx: Context) -> None:
+        if len(self.clock.ends) == self.steps:
+            self.parts.stop()
+            return
         self.clock.tick()
         self.seen += [step.losses["loss"], step.grad_norm]
+        if len(self.clock.ends) == self.steps:
+            self.extra = self.memory.extra  # the profiler's own is not counted
+            self.parts.start()
 
 
 class GivenAnswers(GRPO):
@@ -76,16 +86,16 @@ def objective_of(job: Job) -> Any:
 def train(job: Job) -> Job:
     """Seconds, losses, gradients and memory of some steps."""
     family = load(job["model"])
-    watch = Watch(job["warmup"])
+    watch = Watch(job["warmup"] + job["steps"], job["warmup"])
     adapter = Lora(rank=job["rank"], alpha=2.0 * job["rank"]) if job["rank"] else Full()
     rows = [{**row, "plain": True} for row in job["rows"]] if job["objective"] != "info-nce" else job["rows"]
     plan = Plan(family, rows, [(objective_of(job), 1.0)], AdamW(lr=job["lr"]), adapters=[adapter], selector=InOrder(), others=[watch])
-    settings = Train(steps=job["warmup"] + job["steps"], batch=job["batch"], tokens_per_micro_batch=job["tokens_per_micro_batch"], schedule="constant", warmup=0,
+    settings = Train(steps=watch.steps + 1, batch=job["batch"], tokens_per_micro_batch=job["tokens_per_micro_batch"], schedule="constant", warmup=0,
                      clip=1.0, precision="fp32", save_every=0, device="cpu")  # fmt: skip
     engine = Engine(plan, settings, Context(family))
-    with Memory() as memory:
+    with Memory() as watch.memory:
         engine.run()
-    return {**watch.clock.result, "check": watch.seen, "extra_bytes": memory.extra, "flops_per_second": watch.clock.found}
+    return {**watch.clock.result, "check": watch.seen, "extra_bytes": watch.extra, "flops_per_second": watch.clock.found, "parts": watch.parts.found}
 
 
 if __name__ == "__main__":

@@ -96,6 +96,7 @@ def _row(case: Case, bench: Bench, job: Job, ours: list[Job], theirs: list[Job],
     if case.flops is not None:
         count, rate = case.flops(bench, job), median(ours, "flops_per_second")
         row.bound_seconds, row.bound = count / rate, f"{count / 1e9:,.0f} GFLOP that must be done, at {rate / 1e9:.0f} GFLOP/s of a matrix product between the steps"
+        row.parts = {**ours[-1]["parts"], "must": case.flops(bench, {**job, "warmup": 0, "rows": job["rows"][: job["batch"]]})}
     elif "floor_seconds" in ours[0]:
         row.bound_seconds, row.bound = min(o["floor_seconds"] for o in ours), case.floor
     return row

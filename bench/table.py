@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.case import Row
+from bench.parts import sentence
 from bench.run import as_json
 
 HERE = Path(__file__).parent
@@ -80,6 +81,8 @@ def _details(row: Row) -> str:
         said.append(f"- the peer's settings: {row.settings}")
     if row.bound_seconds is not None:
         said.append(f"- the bound: {row.bound}: {seconds_of(row.bound_seconds)}, {100 * (row.share or 0):.0f} % of which is reached; the rest is {row.rest}")
+    if row.parts:
+        said.append(f"- where it goes: {sentence(row.parts)}")
     return "\n".join([*said, f"- on {row.about}", ""])
 
 

@@ -12,8 +12,9 @@ from bench import peers, plots, run, table
 from bench.case import Bench, Case, Goal, Row
 from bench.cases import CASES
 
-CASE = Case("toy", "a toy", "ours_toy", lambda bench: {"size": 3}, Goal(speed=1.5, memory=0.5), "nothing", "a peer", "peer_toy", "its best", lambda bench, job: 6e9)
-OURS = {"seconds": [1.0, 3.0, 2.0], "cpu_seconds": [2.0], "check": [1.0, 2.0], "extra_bytes": 100, "flops_per_second": [6e9]}
+CASE = Case("toy", "a toy", "ours_toy", lambda bench: {"rows": [3.0, 2.0, 1.0], "batch": 2}, Goal(speed=1.5, memory=0.5), "nothing", "a peer", "peer_toy", "its best", lambda bench, job: 1e9 * sum(job["rows"]))
+OURS = {"seconds": [1.0, 3.0, 2.0], "cpu_seconds": [2.0], "check": [1.0, 2.0], "extra_bytes": 100, "flops_per_second": [6e9],
+        "parts": {"products": 0.5, "attention": 0.25, "others": 0.125, "flops": 7e9, "flops_per_second": 5e9}}  # fmt: skip
 THEIRS = {"seconds": [4.0], "cpu_seconds": [5.0], "check": [1.0, 2.0001], "extra_bytes": 400}
 
 
@@ -36,6 +37,7 @@ def test_sides_take_turns_and_medians_make_the_ratio(monkeypatch, bench):
     assert order == ["ours_toy", "peer_toy"] * 2
     assert row.ratio == 2.0 and row.cpu_ratio == 2.5 and row.memory_ratio == 0.25 and row.missed() == []
     assert row.bound_seconds == 1.0 and row.share == 0.5
+    assert row.parts["must"] == 5e9  # of the first batch, which was looked at closely
     assert row.difference == pytest.approx(5e-5, rel=1e-2) and row.values == 2
 
 
