@@ -133,9 +133,9 @@ CASES = {
         Case("mig-million", "MIG, 50,000 of 1,000,000 rows with 1,000 tags", "ours_mig", lambda b: mig(b, 1_000_000, 50_000), Goal(seconds=600, bytes=12e9), "grouping rows by their tags, and the greedy choice itself",
              floor="counting every tag once", unit="pick"),
         Case("merge", "TIES of 5 fine-tunes of SmolLM2-135M, fp32, from folders to a file", "ours_merge", lambda b: merging(b, "ties"), Goal(speed=1.0, bytes=MERGING), "finding each update's largest entries, and the election of signs",
-             "mergekit 0.1.5 ties", "peer_mergekit", "The same density within every tensor, lazy reading, no tokenizer and no model card.", None, "reading the six checkpoints and writing one", 1e-4, "merge"),
+             "mergekit 0.1.5 ties", "peer_mergekit", "The same density within every tensor, lazy reading, no tokenizer and no model card.", None, "reading the six checkpoints or writing one, whichever takes longer", 1e-4, "merge"),
         Case("merge-linear", "The mean of 5 fine-tunes of SmolLM2-135M, fp32, from folders to a file", "ours_merge", lambda b: merging(b, "linear"), Goal(speed=1.0, bytes=MERGING), "adding up, and writing to a disk that is safe against a crash (fsync)",
-             "mergekit 0.1.5 linear", "peer_mergekit", "Lazy reading, no tokenizer and no model card.", None, "reading the five checkpoints and writing one", 1e-4, "merge"),
+             "mergekit 0.1.5 linear", "peer_mergekit", "Lazy reading, no tokenizer and no model card.", None, "reading the five checkpoints or writing one, whichever takes longer", 1e-4, "merge"),
         Case("help", "Start-up: `luthier --help`", "ours_startup", lambda b: {"arguments": ["--help"], "times": 1 if b.quick else 5}, Goal(seconds=0.3), "imports of the command line", floor="a Python that does nothing", unit="start"),
         Case("methods", "Start-up: `luthier methods`", "ours_startup", lambda b: {"arguments": ["methods"], "times": 1 if b.quick else 5}, Goal(seconds=0.3), "imports, and reading the catalogue", floor="a Python that does nothing", unit="start"),
     )

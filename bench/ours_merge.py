@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from bench.checkpoints import samples
@@ -20,18 +21,28 @@ def merge(job: Job) -> Job:
         seconds = timed(lambda: merged(job["tuned"], job["method"], out, base, options), job["warmup"], job["steps"])
         extra = memory.extra
         sources = ([job["base"]] if ties else []) + job["tuned"]
-        floor = timed(lambda: copied(sources, Path(folder) / "floor"), 0, 1)["seconds"][0]
+        floor = max(timed(work, 0, 1)["seconds"][0] for work in (lambda: read(sources), lambda: written(sources[-1], Path(folder) / "floor")))
         return {**seconds, "check": samples(out), "extra_bytes": extra, "floor_seconds": floor}
 
 
-def copied(sources: list[str], target: Path) -> None:
-    """Read all checkpoints, write the last one."""
+def blocks(folder: str) -> Iterator[bytes]:
+    with (Path(folder) / "model.safetensors").open("rb") as file:
+        while block := file.read(1 << 24):
+            yield block
+
+
+def read(sources: list[str]) -> None:
+    """All checkpoints, for nothing."""
+    for folder in sources:
+        for _ in blocks(folder):
+            pass
+
+
+def written(source: str, target: Path) -> None:
+    """One checkpoint copied, safe against a crash."""
     with target.open("wb") as out:
-        for folder in sources:
-            with (Path(folder) / "model.safetensors").open("rb") as file:
-                while block := file.read(1 << 24):
-                    if folder == sources[-1]:
-                        out.write(block)
+        for block in blocks(source):
+            out.write(block)
         out.flush()
         os.fsync(out.fileno())
 

@@ -88,7 +88,9 @@ def train(job: Job) -> Job:
     family = load(job["model"])
     watch = Watch(job["warmup"] + job["steps"], job["warmup"])
     adapter = Lora(rank=job["rank"], alpha=2.0 * job["rank"]) if job["rank"] else Full()
-    rows = [{**row, "plain": True} for row in job["rows"]] if job["objective"] != "info-nce" else job["rows"]
+    rows = [*job["rows"], *job["rows"][: job["batch"]]]  # the first batch again, as rows of their own: nothing that was computed for it serves twice
+    if job["objective"] != "info-nce":
+        rows = [{**row, "plain": True} for row in rows]
     plan = Plan(family, rows, [(objective_of(job), 1.0)], AdamW(lr=job["lr"]), adapters=[adapter], selector=InOrder(), others=[watch])
     settings = Train(steps=watch.steps + 1, batch=job["batch"], tokens_per_micro_batch=job["tokens_per_micro_batch"], schedule="constant", warmup=0,
                      clip=1.0, precision="fp32", save_every=0, device="cpu")  # fmt: skip

@@ -26,7 +26,7 @@ class Train:
     batch: int = 16
     """Rows a step."""
     tokens_per_micro_batch: int = 512
-    """How many tokens pass the model at once. Bounds memory only; the gradient is the same."""
+    """How many tokens pass the model at once; what rows begin with alike counts once. Bounds memory only; the gradient is the same."""
     seed: int = 0
     schedule: Literal["linear", "cosine", "constant"] = "cosine"
     """How the learning rate falls after the warm-up."""

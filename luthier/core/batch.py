@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from luthier.core.alike import common_beginning, fewest, ids_key, neighbours
+
 
 @dataclass
 class Sequence:
@@ -137,8 +139,8 @@ class Batch:
     def split(self, tokens: int | None, together: Callable[[Batch], list[list[int]]] | None = None, share: bool = False) -> list[Batch]:
         """Micro-batches of at most about `tokens` tokens (padding included), about equally full, rows of like length together.
 
-        The order is a pure function of the batch. `together` lists groups of rows that may not be separated. `share`: the model computes
-        what sequences have in common once, so it counts once, and groups that begin alike for half their length come one after the other."""
+        The order is a pure function of the batch. `together` lists groups of rows that may not be separated. `share`: the model lays
+        sequences out in a forest, so what they have in common counts once, and groups that begin alike come one after the other."""
         groups = together(self) if together else [[i] for i in range(len(self))]
         if tokens is None or len(groups) <= 1:
             return [self]
@@ -151,43 +153,12 @@ class Batch:
             number = np.maximum(number, 1)
             width = np.maximum(width, int(np.prod(value.shape[1:])) if value.ndim > 2 else 1)
         widest = [max(width[i] for i in group) for group in groups]
-        order, saved = self._alike(groups, widest) if share and not any(s.prefix for s in self.sequences) else (sorted(range(len(groups)), key=lambda g: (widest[g], g)), [(0, 0)] * len(groups))
-
-        def filled(limit: int) -> list[list[int]]:
-            micro: list[list[int]] = [[]]
-            shared = 0
-            for g, (within, before) in zip(order, saved):
-                merged = micro[-1] + groups[g]
-                if micro[-1] and max(width[i] for i in merged) * sum(number[i] for i in merged) - shared - within - before > limit:
-                    micro.append(list(groups[g]))
-                    shared = within
-                else:
-                    micro[-1] = merged
-                    shared += within + before
-            return micro
-
-        # of all limits that need no more micro-batches the lowest: four rows that do not fit become two and two, not three and one
-        needed, low, high = len(filled(tokens)), tokens // 2, tokens
-        while high - low > 1 and needed > 1:
-            middle = (low + high) // 2
-            low, high = (low, middle) if len(filled(middle)) == needed else (middle, high)
-        micro = filled(high)
+        order = sorted(range(len(groups)), key=lambda g: (widest[g], g))
+        own = [(0, 0)] * len(order)
+        if share and self.sequences and not self.tensors and not any(s.prefix for s in self.sequences):
+            order, own = neighbours(groups, self.sequences, widest)
+        micro = fewest(groups, order, own, width, number, tokens)
         return [self.take(sorted(m)) for m in micro]
-
-    def _alike(self, groups: list[list[int]], widest: list[int]) -> tuple[list[int], list[tuple[int, int]]]:
-        """An order of groups in which those that begin alike are neighbours, and how many tokens each shares within itself and with the one before it."""
-        known = [sorted((s for s in self.sequences if s.row in set(group)), key=_ids_key) for group in groups]
-        lexical = sorted((g for g in range(len(groups)) if known[g]), key=lambda g: (_ids_key(known[g][0]), g))
-        clusters = [[g] for g in range(len(groups)) if not known[g]] + [[g] for g in lexical[:1]]
-        for a, b in pairwise(lexical):
-            if 2 * _common(known[a][-1].ids, known[b][0].ids) >= min(widest[a], widest[b]):
-                clusters[-1].append(b)
-            else:
-                clusters.append([b])
-        order = [g for cluster in sorted(clusters, key=lambda c: (max(widest[g] for g in c), min(c))) for g in cluster]
-        within = [sum(_common(a.ids, b.ids) for a, b in pairwise(sequences)) for sequences in known]
-        before = [0, *(_common(known[a][-1].ids, known[b][0].ids) if known[a] and known[b] else 0 for a, b in pairwise(order))]
-        return order, [(within[g], n) for g, n in zip(order, before)]
 
 
 @dataclass
@@ -289,25 +260,14 @@ class _Tree:
     paths: list[np.ndarray]
 
 
-def _ids_key(sequence: Sequence) -> bytes:
-    """Sorts sequences so that neighbours have most in common."""
-    return sequence.ids.astype(">i8").tobytes()
-
-
-def _common(a: np.ndarray, b: np.ndarray) -> int:
-    n = min(len(a), len(b))
-    different = np.flatnonzero(a[:n] != b[:n])
-    return int(different[0]) if len(different) else n
-
-
 def _group(sequences: SequenceOf[Sequence], limit: int, min_gain: float, dear: int) -> list[list[int]]:
     """Bins of sequences: neighbours in lexicographic order share most, and bins about equally full pad least.
 
     Of several bin sizes that layout is taken which costs least, padding and attention included; if none saves `min_gain` of what
     separate rows cost, the rows stay separate."""
-    order = sorted(range(len(sequences)), key=lambda i: (_ids_key(sequences[i]), i))
+    order = sorted(range(len(sequences)), key=lambda i: (ids_key(sequences[i]), i))
     length = [len(sequences[i]) for i in order]
-    common = [0, *(_common(sequences[a].ids, sequences[b].ids) for a, b in pairwise(order))]
+    common = [0, *(common_beginning(sequences[a].ids, sequences[b].ids) for a, b in pairwise(order))]
     total, longest = sum(length) - sum(common), max(length)
 
     def cost(bins: int, longest_bin: int) -> float:
@@ -358,7 +318,7 @@ def _grow(rows: list[np.ndarray]) -> _Tree:
     while stack:
         members, depth, parent = stack.pop()
         first = rows[members[0]]
-        stop = min(_common(first, rows[m]) for m in members)
+        stop = min(common_beginning(first, rows[m]) for m in members)
         if stop > depth:
             node = len(parents)
             parents.append(parent)

@@ -123,7 +123,7 @@ class _Writer:
         self.file.write(b" " * (8 + self.room))
         self.behind = ThreadPoolExecutor(1, "tensorfile")
         self.pending: deque[tuple[int, Future[None]]] = deque()
-        self.unsynced = 0
+        self.waiting = self.unsynced = 0
 
     def add(self, name: str, first: Tensor, others: Iterable[Tensor] = ()) -> None:
         """Append a tensor: `first` alone, or its first rows and then the others block by block."""
@@ -143,6 +143,7 @@ class _Writer:
         if size:
             self.pending.append((size, self.behind.submit(self._write, tensor)))
         del tensor
+        self.waiting += size
         self._wait(BEHIND)
         self.size += size
 
@@ -156,8 +157,10 @@ class _Writer:
 
     def _wait(self, most: int) -> None:
         """Until no more than so many bytes are left to be written; an error of the disk is raised here."""
-        while self.pending and sum(size for size, _ in self.pending) > most:
-            self.pending.popleft()[1].result()
+        while self.waiting > most:
+            size, written = self.pending.popleft()
+            written.result()
+            self.waiting -= size
 
     def abandon(self) -> None:
         """Close the file as it is, if it is still open."""
