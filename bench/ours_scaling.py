@@ -33,7 +33,7 @@ class Steps:
             batch = objective.rollout(batch, self.ctx)
 
         def step() -> None:
-            for part in batch.split(512, objective.together):
+            for part in batch.split(512, objective.together, self.family.shares):
                 objective.loss(self.family, part, self.ctx).value(batch.counts()).backward()
 
         with lean(self.family.network):
@@ -56,12 +56,15 @@ def grow(job: Job) -> Job:
     steps = Steps(job)
     with Memory():
         found = {
-            "length": ("SFT step of 2 rows over their length", "tokens a row", [(n, steps.completions(2, n)) for n in job["lengths"]]),
-            "batch": ("SFT step over its rows of 64 tokens", "rows a step", [(n, steps.completions(n, 64)) for n in job["batches"]]),
-            "rollouts": ("GRPO update over the rollouts of one prompt", "rollouts of 50 tokens on a prompt of 200", [(n, steps.rollouts(n)) for n in job["rollouts"]]),
-            "rows": ("MIG, 5 % of the rows", "rows", [(n, choosing(n)) for n in job["rows"]]),
+            "length": ("SFT step of 2 rows over their length", "tokens a row", "tokens", 2, [(n, steps.completions(2, n)) for n in job["lengths"]]),
+            "batch": ("SFT step over its rows of 64 tokens", "rows a step", "rows", 1, [(n, steps.completions(n, 64)) for n in job["batches"]]),
+            "rollouts": ("GRPO update over the rollouts of one prompt", "rollouts of 50 tokens on a prompt of 200", "rollouts", 1, [(n, steps.rollouts(n)) for n in job["rollouts"]]),
+            "rows": ("MIG, 5 % of the rows", "rows", "rows", 1, [(n, choosing(n)) for n in job["rows"]]),
         }
-    return {name: {"title": title, "x": x, "y": "seconds", "points": points} for name, (title, x, points) in found.items()}
+    return {
+        name: {"title": title, "x": x, "y": "seconds", "points": points, "unit": unit, "rate": [(n, times * n / seconds) for n, seconds in points]}
+        for name, (title, x, unit, times, points) in found.items()
+    }
 
 
 if __name__ == "__main__":

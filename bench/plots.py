@@ -22,14 +22,17 @@ def write(scaling: dict[str, Any], folder: Path) -> list[Path]:
             continue
         made.append(folder / f"{name}.svg")
         made[-1].write_text(svg(found["title"], found["x"], found["y"], found["points"]), encoding="utf-8")
+        if found.get("rate"):
+            made.append(folder / f"{name}-rate.svg")
+            made[-1].write_text(svg(found["title"], found["x"], f"{found['unit']} a second", found["rate"], rate=True), encoding="utf-8")
     return made
 
 
-def svg(title: str, x: str, y: str, points: list[tuple[float, float]]) -> str:
-    """Points with the straight line from zero to the largest of them: what grows in proportion lies on it."""
+def svg(title: str, x: str, y: str, points: list[tuple[float, float]], rate: bool = False) -> str:
+    """Points with the straight line from zero to the largest of them, on which lies what grows in proportion; of a `rate`, a level line."""
     last = max(points)
     frame = Frame(Scale.of([0.0, last[0]]), Scale.of([0.0, *(b for _, b in points)]), x, y)
-    frame.line([(0.0, 0.0), last], "rule")
+    frame.line([(0.0, last[1] if rate else 0.0), last], "rule")
     frame.line(points, "curve")
     for a, b in points:
         frame.mark(a, b, 0, f"{a:g}: {b:.3g}", 4)

@@ -42,8 +42,11 @@ def markdown(rows: Sequence[Row], scaling: dict[str, Any]) -> str:
     text = HEAD + "\n" + head + "".join(_line(row) for row in rows) + "\n" + "\n".join(_details(row) for row in rows)
     if scaling:
         text += "\n## How it grows\n\nMeasured and, dashed, in proportion to the largest size. `python -m bench scaling` repeats it.\n\n"
-        text += "".join(f"- {found['title']}: {growth(found['points'])}\n" if found.get("points") else f"- {name}: failed: {found['failed']}\n" for name, found in sorted(scaling.items()))
-        text += "\n" + "".join(f"![{found['title']}](plots/{name}.svg)\n" for name, found in sorted(scaling.items()) if found.get("points"))
+        text += "".join(f"- {found['title']}: {growth(found['points'])}{rates(found)}\n" if found.get("points") else f"- {name}: failed: {found['failed']}\n" for name, found in sorted(scaling.items()))
+        for name, found in sorted(scaling.items()):
+            for kind in ("points", "rate"):
+                text += f"\n![{found['title']}](plots/{name}{'-rate' * (kind == 'rate')}.svg)" if found.get(kind) else ""
+        text += "\n"
     return text
 
 
@@ -51,6 +54,11 @@ def growth(points: Sequence[Sequence[float]]) -> str:
     """How much more the largest size takes than the smallest."""
     (small, least), (large, most) = min(tuple(p) for p in points), max(tuple(p) for p in points)
     return f"{large / small:g} times the size ({small:g} to {large:g}) takes {most / least:.2f} times as much" if least > 0 else f"from {least:.3g} to {most:.3g}"
+
+
+def rates(found: dict[str, Any]) -> str:
+    """How much is done a second, from the smallest size to the largest."""
+    return f"; {found['unit']} a second: {', '.join(f'{rate:,.3g}' if rate < 1000 else f'{rate:,.0f}' for _, rate in found['rate'])}" if found.get("rate") else ""
 
 
 def _line(row: Row) -> str:
@@ -82,7 +90,8 @@ def _details(row: Row) -> str:
     if row.bound_seconds is not None:
         said.append(f"- the bound: {row.bound}: {seconds_of(row.bound_seconds)}, {100 * (row.share or 0):.0f} % of which is reached; the rest is {row.rest}")
     if row.parts:
-        said.append(f"- where it goes: {sentence(row.parts)}")
+        kernels = row.parts["products"] + row.parts["attention"]
+        said.append(f"- where it goes: {sentence(row.parts)}; with products and attention alone, as fast as these are, {100 * (row.share or 0) / kernels:.0f} % of the bound would be reached")
     return "\n".join([*said, f"- on {row.about}", ""])
 
 

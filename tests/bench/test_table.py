@@ -37,6 +37,7 @@ def test_sides_take_turns_and_medians_make_the_ratio(monkeypatch, bench):
     assert order == ["ours_toy", "peer_toy"] * 2
     assert row.ratio == 2.0 and row.cpu_ratio == 2.5 and row.memory_ratio == 0.25 and row.missed() == []
     assert row.bound_seconds == 1.0 and row.share == 0.5
+    assert "67 % of the bound would be reached" in table.markdown([row], {})  # 50 % over 75 %
     assert row.parts["must"] == 5e9  # of the first batch, which was looked at closely
     assert row.difference == pytest.approx(5e-5, rel=1e-2) and row.values == 2
 
@@ -84,6 +85,15 @@ def test_the_table_keeps_rows_that_were_not_run(monkeypatch, bench, tmp_path):
 def test_curves_are_svg_files_that_stand_alone(tmp_path):
     (made,) = plots.write({"length": {"title": "seconds & more", "x": "tokens", "y": "seconds", "points": [(64, 1.0), (128, 2.0)]}}, tmp_path)
     assert ET.fromstring(made.read_text()).tag.endswith("svg")
+
+
+def test_a_curve_over_seconds_has_one_of_what_is_done_a_second_beside_it(tmp_path):
+    found = {"title": "a step", "x": "rows a step", "y": "seconds", "points": [(2, 1.0), (8, 2.0)], "unit": "rows", "rate": [(2, 2.0), (8, 4.0)]}
+    made = plots.write({"batch": found}, tmp_path)
+    assert [file.name for file in made] == ["batch.svg", "batch-rate.svg"]
+    assert "rows a second" in made[1].read_text()
+    text = table.markdown([], {"batch": found})
+    assert "takes 2.00 times as much; rows a second: 2, 4\n" in text and "(plots/batch.svg)" in text and "(plots/batch-rate.svg)" in text
 
 
 def test_every_row_names_modules_that_exist():
